@@ -1,0 +1,183 @@
+"""Every choice of a run, as frozen dataclasses with TOML in and out, and every numerical constant, once.
+
+A constant that both twins need is typed here and imported by both, so that it cannot differ between them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+# --- numerical constants (docs/math.md gives the formula each belongs to) ---------------------------------------
+MU_FLOOR = 1e-8  # added to a softplus mean, and the smallest mean of the likelihood
+R_MIN, R_MAX = 1e-4, 1e4  # bounds of the inverse dispersion r = exp(clip(log_r, ln R_MIN, ln R_MAX))
+LOGVAR_MIN, LOGVAR_MAX = -10.0, 10.0  # bounds of the posterior's log variance
+EPS_NORMALISE = 1e-8  # v / (|v| + eps) in the power iteration
+EPS_SIGMA = 1e-8  # sigma = sqrt(max(|A v|^2, 0) + eps)
+RHO_MAX = 1.05  # largest operator norm that is not penalised
+POWER_ITERATIONS = 5
+ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
+CLIP_EPS = 1e-6  # global-norm clip: min(1, max_norm / (norm + eps))
+TILE = 512  # rows of a tile of the energy distance
+
+# --- guards -------------------------------------------------------------------------------------------------------
+BAD_STEPS_IN_A_ROW = 3  # non-finite steps before training returns to the last good checkpoint
+MAX_RETURNS = 2  # at the second such event training stops with a crash bundle
+RETURN_LR_FACTOR = 0.1  # learning rate after a return
+
+# --- data ---------------------------------------------------------------------------------------------------------
+MIN_MATCHED = 20  # cells a batch needs on both sides before controls are matched within it
+NORMALISED_TOTAL = 1e4  # counts per cell after normalisation, where a metric or a plot normalises
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which columns hold what, which cells are held out, which genes are used."""
+
+    perturbation: str = "perturbation"
+    control: tuple[str, ...] = ("control", "ctrl", "non-targeting")
+    separator: str = "+"
+    dose: str = ""  # column of doses; "" for dose 1 everywhere. "1+0.5" gives one dose per member
+    tissue: str = "tissue"
+    cell_type: str = "cell_type"
+    batch: str = "batch"
+    covariates: tuple[str, ...] = ()
+    layer: str = ""  # "" takes layers["counts"] where it exists, else X
+    genes: int = 2000  # highly variable genes kept; 0 keeps every gene
+    min_counts: int = 0  # cells with fewer counts are left out (and counted in the report)
+    holdout: tuple[str, ...] = ()  # "column=value,column=value", any number of them
+    holdout_share: float = 0.0  # share of non-control conditions held out at random
+    validation_share: float = 0.1
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The negative-binomial VAE (docs/math.md 2)."""
+
+    n_hidden: int = 256
+    n_latent: int = 32
+    input: Literal["log1p", "counts"] = "log1p"
+    scale: Literal["library", "softplus"] = "library"
+    dispersion: Literal["gene", "gene-tissue"] = "gene"
+    beta: float = 1.0
+    kl_warmup: int = 400  # steps over which beta rises linearly from 0
+
+
+@dataclass(frozen=True)
+class OperatorConfig:
+    """The condition encoder and the operators (docs/math.md 3, 4, 6)."""
+
+    n_embedding: int = 16
+    n_tissue_embedding: int = 4
+    n_theta: int = 32
+    n_bases: int = 8
+    n_hidden: int = 32
+    start: Literal["identity", "shift", "least_squares"] = "shift"
+    shrinkage: float = 0.1  # lambda_A of lambda_A mean |A - I|_F^2
+    spectral_weight: float = 1.0
+    spectral_target: Literal["operators", "bases"] = "operators"
+    rho_max: float = RHO_MAX
+    power_iterations: int = POWER_ITERATIONS
+    warm_start: bool = True  # carry the power iteration's vector from step to step
+    estimator: Literal["v", "u"] = "v"
+    gene_weight: float = 1.0  # stage 3: weight of the energy distance of decoded profiles
+    elbo_weight: float = 0.01  # stage 3: weight of the VAE's own loss
+    conditions_per_step: int = 16
+    cells_per_condition: int = 128
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """How long and with which optimiser one stage is trained."""
+
+    max_steps: int = 1500
+    batch_size: int = 256  # cells per step (stage 1, and the ELBO of stage 3)
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 50  # steps over which the learning rate rises linearly
+    weight_decay: float = 0.0
+    max_norm: float = 10.0  # global gradient norm
+    accumulate: int = 1  # micro-batches whose gradients are averaged
+    evaluate_every: int = 100
+    patience: int = 8  # evaluations without improvement before the stage ends; 0 never ends early
+    steps_per_call: int = 20
+    checkpoint_every: int = 100
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    dtype: Literal["float32", "float64"] = "float32"
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    operator: OperatorConfig = field(default_factory=OperatorConfig)
+    stage_vae: StageConfig = field(default_factory=StageConfig)
+    stage_operator: StageConfig = field(
+        default_factory=lambda: StageConfig(max_steps=1000, learning_rate=1e-3, evaluate_every=50)
+    )
+    stage_joint: StageConfig = field(
+        default_factory=lambda: StageConfig(max_steps=0, learning_rate=1e-4, evaluate_every=50)
+    )
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Config:
+        """Read a TOML file. Keys that no field has, and values of a wrong type, raise ValueError by name."""
+        try:
+            table = tomllib.loads(Path(path).read_text())
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{path} is not valid TOML: {error}") from None
+        return from_dict(cls, table)
+
+    def to_toml(self) -> str:
+        import tomli_w
+
+        return tomli_w.dumps(_plain(dataclasses.asdict(self)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def from_dict(cls: type, table: dict[str, Any], where: str = "") -> Any:
+    """Build a config dataclass from nested tables, naming what is unknown or of a wrong type."""
+    import difflib
+
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in table.items():
+        name = f"{where}.{key}" if where else key
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise ValueError(f"unknown setting {name}{hint}")
+        values[key] = _checked(name, value, hints[key])
+    return cls(**values)
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is {value!r}; a table was wanted")
+        return from_dict(kind, value, name)  # type: ignore[arg-type]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, get_args(kind)))} was wanted")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise ValueError(f"{name} is {value!r}; a list of strings was wanted")
+        return tuple(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{name} is {value!r}; a value of type {kind.__name__} was wanted")
+    return value

@@ -1,0 +1,81 @@
+"""Initial values of every parameter, drawn once in NumPy, so that both twins start equal.
+
+Parameters have one canonical form: dotted names, dense weights (in, out). The names are the attribute paths of the
+modules in both twins. Dense layers start at U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from pf_core.config import OperatorConfig, VAEConfig
+from pf_core.noise import generator
+
+Parameters = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that come from the data. Index 0 of every vocabulary is "unknown" and is counted in."""
+
+    n_genes: int
+    n_tissues: int
+    n_perturbations: int
+    n_batches: int = 0
+    n_covariates: int = 0
+    n_features: int = 0  # width of the fixed perturbation features; 0 for a learned table
+
+
+def _dense(params: Parameters, seed: int, name: str, n_in: int, n_out: int) -> None:
+    bound = 1.0 / np.sqrt(n_in)
+    params[f"{name}.weight"] = generator(seed, f"{name}.weight").uniform(-bound, bound, (n_in, n_out))
+    params[f"{name}.bias"] = generator(seed, f"{name}.bias").uniform(-bound, bound, n_out)
+
+
+def vae_parameters(config: VAEConfig, sizes: Sizes, seed: int) -> Parameters:
+    """Parameters of the NB-VAE, float64, canonical names."""
+    n_genes, n_tissues, n_hidden, n_latent = sizes.n_genes, sizes.n_tissues, config.n_hidden, config.n_latent
+    params: Parameters = {}
+    _dense(params, seed, "vae.encoder.hidden", n_genes, n_hidden)
+    _dense(params, seed, "vae.encoder.mean", n_hidden + n_tissues, n_latent)
+    _dense(params, seed, "vae.encoder.logvar", n_hidden + n_tissues, n_latent)
+    _dense(params, seed, "vae.decoder.hidden", n_latent + n_tissues, n_hidden)
+    _dense(params, seed, "vae.decoder.mean", n_hidden, n_genes)
+    shape = (n_genes,) if config.dispersion == "gene" else (n_tissues, n_genes)
+    params["vae.decoder.log_r"] = np.zeros(shape)
+    return params
+
+
+def operator_parameters(config: OperatorConfig, n_latent: int, sizes: Sizes, seed: int) -> Parameters:
+    """Parameters of the condition encoder and the operator family, float64, canonical names."""
+    params: Parameters = {}
+    if sizes.n_features:
+        bound = 1.0 / np.sqrt(sizes.n_features)
+        params["conditions.perturbation.map"] = generator(seed, "conditions.perturbation.map").uniform(
+            -bound, bound, (sizes.n_features, config.n_embedding)
+        )
+    else:
+        params["conditions.perturbation.table"] = generator(seed, "conditions.perturbation.table").standard_normal(
+            (sizes.n_perturbations, config.n_embedding)
+        )
+    params["conditions.tissue.table"] = generator(seed, "conditions.tissue.table").standard_normal(
+        (sizes.n_tissues, config.n_tissue_embedding)
+    )
+    n_in = config.n_embedding + config.n_tissue_embedding + sizes.n_batches + sizes.n_covariates
+    _dense(params, seed, "conditions.theta", n_in, config.n_theta)
+    params["operators.A0"] = np.tile(np.eye(n_latent), (sizes.n_tissues, 1, 1))
+    params["operators.b0"] = np.zeros((sizes.n_tissues, n_latent))
+    for name, shape in (("B", (config.n_bases, n_latent, n_latent)), ("u", (config.n_bases, n_latent))):
+        params[f"operators.{name}"] = 0.01 * generator(seed, f"operators.{name}").standard_normal(shape)
+    for name in ("alpha", "beta"):
+        _dense(params, seed, f"operators.{name}.hidden", config.n_theta, config.n_hidden)
+        _dense(params, seed, f"operators.{name}.out", config.n_hidden, config.n_bases)
+    return params
+
+
+def select(params: Mapping[str, np.ndarray], prefix: str) -> Parameters:
+    """The parameters below a dotted prefix, with the prefix cut off."""
+    return {name[len(prefix) + 1 :]: value for name, value in params.items() if name.startswith(prefix + ".")}
