@@ -25,7 +25,7 @@ TILE = 512  # rows of a tile of the energy distance
 
 # --- guards -------------------------------------------------------------------------------------------------------
 BAD_STEPS_IN_A_ROW = 3  # non-finite steps before training returns to the last good checkpoint
-MAX_RETURNS = 2  # at the second such event training stops with a crash bundle
+MAX_RETURNS = 2  # returns to a checkpoint; when it happens once more, training stops with a crash bundle
 RETURN_LR_FACTOR = 0.1  # learning rate after a return
 
 # --- data ---------------------------------------------------------------------------------------------------------

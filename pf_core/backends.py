@@ -1,0 +1,137 @@
+"""The face a twin shows to the core: NumPy in, NumPy out, training state opaque. Imported only when used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from pf_core.config import Config
+
+Arrays = dict[str, np.ndarray]
+STAGES = ("vae", "operator", "joint")
+INSTALL = {"jax": "pip install perturb-forecast", "torch": 'pip install "perturb-forecast[torch]"'}
+
+
+class Backend(Protocol):
+    """What pf_core asks of a twin. Parameters are canonical: dotted names, dense weights (in, out)."""
+
+    name: str
+
+    def describe(self) -> dict[str, str]:
+        """Versions, device, dtype and matmul precision."""
+        ...
+
+    def init(
+        self,
+        stage: str,
+        params: Mapping[str, np.ndarray],
+        *,
+        trainable: tuple[str, ...],
+        m: Mapping[str, np.ndarray] | None = None,
+        v: Mapping[str, np.ndarray] | None = None,
+        count: int = 0,
+        carry: Mapping[str, np.ndarray] | None = None,
+    ) -> Any:
+        """A training state: trainable and frozen parameters, Adam's moments and count, carried vectors."""
+        ...
+
+    def run(
+        self, stage: str, state: Any, batches: Arrays, noises: Arrays, hypers: Arrays, config: Config
+    ) -> tuple[Any, dict[str, Any]]:
+        """Many steps; every leaf has a leading axis of steps, then one of micro-batches."""
+        ...
+
+    def evaluate(
+        self, stage: str, state: Any, batch: Arrays, noise: Arrays, config: Config, beta: float
+    ) -> dict[str, float]:
+        """Loss and its parts on one batch; nothing is updated."""
+        ...
+
+    def export(self, state: Any) -> dict[str, Any]:
+        """{"params", "m", "v", "count", "carry"} in NumPy; init(export(state)) is bit-exact."""
+        ...
+
+    def encode(
+        self, params: Mapping[str, np.ndarray], counts: np.ndarray, tissue: np.ndarray, config: Config
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean and log variance, (n_cells, n_latent) each."""
+        ...
+
+    def decode(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        tissue: np.ndarray,
+        library: np.ndarray,
+        config: Config,
+    ) -> np.ndarray:
+        """Mean counts, (n_cells, n_genes)."""
+        ...
+
+    def dispersion(self, params: Mapping[str, np.ndarray], tissue: np.ndarray, config: Config) -> np.ndarray:
+        """Inverse dispersion, (n_genes,) or (n_cells, n_genes)."""
+        ...
+
+    def operators(self, params: Mapping[str, np.ndarray], conditions: Arrays, config: Config) -> Arrays:
+        """theta, alpha, beta, A, b of each condition."""
+        ...
+
+    def decode_jacobian_vector(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        direction: np.ndarray,
+        tissue: np.ndarray,
+        library: np.ndarray,
+        config: Config,
+    ) -> np.ndarray:
+        """Derivative of the decoded mean along a latent direction, (n_cells, n_genes)."""
+        ...
+
+    def gradients(
+        self,
+        stage: str,
+        params: Mapping[str, np.ndarray],
+        trainable: tuple[str, ...],
+        batch: Arrays,
+        noise: Arrays,
+        hyper: Mapping[str, float],
+        carry: Arrays,
+        config: Config,
+    ) -> tuple[float, dict[str, np.ndarray | None]]:
+        """Loss and the gradient per parameter; None where no path leads to the parameter."""
+        ...
+
+    def diagnose(
+        self,
+        stage: str,
+        params: Mapping[str, np.ndarray],
+        trainable: tuple[str, ...],
+        batch: Arrays,
+        noise: Arrays,
+        hyper: Mapping[str, float],
+        carry: Arrays,
+        config: Config,
+    ) -> str:
+        """The first intermediate value or gradient that is not finite, by name; "" where all are finite."""
+        ...
+
+
+def load(name: str, *, dtype: str = "float32", device: str = "cpu", compile: bool = False) -> Backend:
+    """The twin of that name, "jax" or "torch".
+
+    Raises:
+        ValueError: no such twin, or its framework is not installed (the message says how to install it).
+    """
+    if name not in INSTALL:
+        raise ValueError(f"backend is {name!r}; one of {', '.join(map(repr, INSTALL))} was wanted")
+    try:
+        bridge = importlib.import_module(f"pf_{name}.bridge")
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("pf_"):
+            raise
+        raise ValueError(f"backend {name!r} needs {error.name}, which is not installed: {INSTALL[name]}") from None
+    return bridge.Backend(dtype=dtype, device=device, compile=compile)

@@ -1,0 +1,182 @@
+"""The judgement of a run: predict its held-out conditions, beside the simple answers, in one output mode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pf_core import baselines, metrics, noise
+from pf_core.baselines import Declined, Prediction, Predictor, Shifts, Task
+from pf_core.data import Dataset
+from pf_core.labels import condition_label, parse_condition
+from pf_core.metrics import PCA
+from pf_core.model import ENCODE_BLOCK, Model, PredictionError
+from pf_core.outputs import Csr, Output, predicted_counts
+from pf_core.verdict import Condition, MetricRow
+
+MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
+MAX_PCA_CELLS = 20_000
+MODEL = "operator model"
+REFERENCE = "real cells, half against half"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One held-out condition: its scores, and the cells in the plane of the first two components."""
+
+    condition: Condition
+    rows: tuple[MetricRow, ...]
+    control: np.ndarray  # (n, 2)
+    real: np.ndarray  # (n, 2)
+    predicted: np.ndarray | None  # (n, 2); None where the model declined
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    seen: np.ndarray,
+    heldout: np.ndarray,
+    *,
+    output: Output = "transport",
+    seed: int = 0,
+) -> list[Judged]:
+    """Judge every condition among the held-out cells.
+
+    Args:
+        model: a trained model.
+        dataset: with the model's genes.
+        seen: indices of the cells training has seen; baselines are made from them, controls are taken from them.
+        heldout: indices of the cells to be predicted.
+        output: the output mode, the same for the model and for every baseline.
+        seed: of the draws.
+
+    Returns:
+        One entry per (label, tissue, cell type) among the held-out perturbed cells, in that order.
+    """
+    ruler = metrics.real_pca(dataset.rows(_some(np.arange(dataset.n_cells), MAX_PCA_CELLS, seed, "pca")))
+    predictors = _predictors(model, dataset, seen)
+    perturbed = heldout[~dataset.is_control[heldout]]
+    keys = sorted({(dataset.label[i], dataset.tissue[i], dataset.cell_type[i]) for i in perturbed})
+    return [_judge(model, dataset, seen, perturbed, key, predictors, ruler, output=output, seed=seed) for key in keys]
+
+
+def _some(cells: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
+    if len(cells) <= most:
+        return cells
+    return np.sort(noise.generator(seed, f"evaluation.{name}").permutation(cells)[:most])
+
+
+def _predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dict[str, Predictor]:
+    names = (dataset.label[seen], dataset.tissue[seen], dataset.cell_type[seen])
+    shifts = Shifts(
+        baselines.profiles(dataset.rows(seen), *names, library=dataset.library()[seen]), baselines.log_profile
+    )
+    latents = model.encode(dataset, seen)
+    latent_shifts = Shifts(baselines.profiles(lambda rows: latents[rows], *names))
+
+    def tissue_codes(tissue: str, n: int) -> np.ndarray:
+        return np.repeat(model.vocabulary.codes("tissues", [tissue]), n)
+
+    def encode(counts: Csr, tissue: str) -> np.ndarray:
+        dense = counts.toarray().astype(model.config.dtype)
+        return model.encode_counts(dense, tissue_codes(tissue, len(dense)))
+
+    def decode(z: np.ndarray, tissue: str, library: np.ndarray) -> np.ndarray:
+        dtype = model.config.dtype
+        return model.decode(z.astype(dtype), tissue_codes(tissue, len(z)), library.astype(dtype))
+
+    return {
+        "no change": baselines.no_change(),
+        "mean shift": baselines.mean_shift(shifts),
+        "latent shift": baselines.latent_shift(latent_shifts, encode, decode),
+        "additive": baselines.additive(shifts),
+    }
+
+
+def _model_predictor(model: Model, dataset: Dataset, controls: np.ndarray) -> Predictor:
+    """The model as a predictor of the same kind as the baselines, for these control cells."""
+
+    def predict(task: Task) -> Prediction | Declined:
+        try:
+            members = model.members(task.label)
+            z0 = model.encode(dataset, controls)
+            z1 = model.move(dataset, z0, controls, members)
+        except PredictionError as error:
+            return Declined(str(error))
+        tissue = model.vocabulary.codes("tissues", dataset.tissue[controls])
+        return Prediction(model.means(z0, z1, tissue, task.library.astype(model.config.dtype)), "operator")
+
+    return predict
+
+
+def _judge(
+    model: Model,
+    dataset: Dataset,
+    seen: np.ndarray,
+    perturbed: np.ndarray,
+    key: tuple[str, str, str],
+    predictors: dict[str, Predictor],
+    ruler: PCA,
+    *,
+    output: Output,
+    seed: int,
+) -> Judged:
+    label, tissue, cell_type = key
+    here = (dataset.label == label) & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
+    name = "/".join(key)
+    cells = _some(perturbed[here[perturbed]], MAX_CELLS, seed, f"{name}.real")
+    context = dataset.is_control & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
+    controls = _some(seen[context[seen]], MAX_CELLS, seed, f"{name}.control")
+    condition = Condition(label, tissue, cell_type, len(cells))
+    members = parse_condition(label, model.config.data)
+    task = Task(
+        label,
+        tissue,
+        cell_type,
+        tuple(member for member, _ in members),
+        tuple(condition_label((member,)) for member in members),
+        dataset.rows(controls),
+        dataset.library()[controls],
+    )
+    real = dataset.rows(cells)
+    z_real = model.encode(dataset, cells)
+    rows, planes = [], {}
+    for method, predictor in {MODEL: _model_predictor(model, dataset, controls), **predictors}.items():
+        kind = "model" if method == MODEL else "baseline"
+        answer = predictor(task)
+        if isinstance(answer, Declined):
+            if answer.reason != "not a combination":
+                rows.append(MetricRow(condition, method, kind=kind, declined=answer.reason))
+            continue
+        counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=model.dispersion())
+        values = metrics.score(real, counts, task.counts, ruler)
+        values |= _latent_energies(model, counts, tissue, z_real)
+        rows.append(MetricRow(condition, method, values, kind))
+        if method == MODEL:
+            planes["predicted"] = ruler.transform(counts)[:, :2]
+    halves = noise.generator(seed, f"evaluation.{name}.halves").permutation(cells.size)
+    first, second = halves[: cells.size // 2], halves[cells.size // 2 :]
+    if min(len(first), len(second)) > 1:
+        values = metrics.score(real[first], real[second], task.counts, ruler)
+        z = z_real.astype(np.float64)
+        for estimator in ("u", "v"):
+            values[f"energy_latent_{estimator}"] = metrics.energy_distance(z[first], z[second], estimator=estimator)
+        rows.append(MetricRow(condition, REFERENCE, values, "reference"))
+    planes |= {"control": ruler.transform(task.counts)[:, :2], "real": ruler.transform(real)[:, :2]}
+    return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
+
+
+def _latent_energies(model: Model, counts: Csr, tissue: str, z_real: np.ndarray) -> dict[str, float]:
+    blocks = []
+    for start in range(0, counts.shape[0], ENCODE_BLOCK):
+        dense = counts[start : start + ENCODE_BLOCK].toarray().astype(model.config.dtype)
+        code = np.repeat(model.vocabulary.codes("tissues", [tissue]), len(dense))
+        blocks.append(model.encode_counts(dense, code))
+    z = np.concatenate(blocks)
+    return {
+        f"energy_latent_{estimator}": metrics.energy_distance(z, z_real, estimator=estimator)
+        if min(len(z), len(z_real)) > 1 or estimator == "v"
+        else float("nan")
+        for estimator in ("u", "v")
+    }

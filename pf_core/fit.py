@@ -1,0 +1,278 @@
+"""From a data set to a finished run: data, split, three stages, judgement, report. A killed run continues here too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pf_core import backends, data, genes, splits
+from pf_core.backends import Backend
+from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
+from pf_core.checkpoint import Run, RunError
+from pf_core.config import Config
+from pf_core.console import Reporter, reporter
+from pf_core.data import Dataset, Group
+from pf_core.errors import DataError, nearest
+from pf_core.initial import Parameters, Sizes, operator_parameters, vae_parameters
+from pf_core.labels import CONTROL, UNKNOWN, vocabulary
+from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
+from pf_core.splits import Split
+from pf_core.start import start_operators, start_vae
+from pf_core.training import stage_settings, train_stage
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def fit(
+    source: Any,
+    *,
+    out: str | Path,
+    backend: str = "jax",
+    config: Config,
+    device: str = "cpu",
+    compile: bool = False,
+    features: str | Path | None = None,
+    backed: bool = False,
+    console: Console | None = None,
+) -> Model:
+    """Train, judge the held-out conditions, write the run directory. Model.train describes the arguments.
+
+    Args:
+        features: CSV of fixed features, one row per perturbation, its name first: the condition encoder reads these
+            instead of a learned table, so that perturbations never seen can be predicted.
+        backed: leave the counts in the file and read the cells of each batch.
+        compile: torch.compile the steps of the PyTorch twin.
+    """
+    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    dataset = data.load(source, config.data, backed=backed)
+    fingerprint = dataset.fingerprint()
+    split = splits.split(dataset, config.data, config.seed)
+    audit = splits.leak_audit(dataset, split)
+    if config.data.genes:
+        dataset = dataset.select_genes(genes.highly_variable(dataset, split.train, config.data.genes))
+    groups = training_groups(dataset, split)
+    table = read_features(features, groups, dataset) if features is not None else {}
+    names = make_vocabulary(dataset, groups, tuple(table))
+    facts = {
+        "source": None if not isinstance(source, str | Path) else str(Path(source)),
+        "backed": backed,
+        "fingerprint": fingerprint,
+        "summary": dataset.summary,
+        "heldout": [list(condition) for condition in split.conditions],
+        "cells": {"train": len(split.train), "validation": len(split.validation), "heldout": len(split.heldout)},
+        "audit": audit,
+        "contexts": context_table(groups),
+    }
+    run = Run.create(
+        out,
+        {
+            "config.toml": config.to_toml(),
+            "vocabulary.json": vocabulary_json(names),
+            "data.json": json.dumps(facts, indent=1) + "\n",
+            "split.safetensors": {name: getattr(split, name) for name in ("train", "validation", "heldout")},
+            **({"features.safetensors": {"features": feature_matrix(table, names)}} if table else {}),
+        },
+    )
+    return _fit(run, config, dataset, split, names, twin, console)
+
+
+def resume(
+    path: str | Path,
+    *,
+    source: Any = None,
+    backend: str = "jax",
+    device: str = "cpu",
+    compile: bool = False,
+    console: Console | None = None,
+) -> Model:
+    """Continue a run, bit for bit in the same twin, from its last checkpoint.
+
+    Args:
+        path: the run directory.
+        source: the data, where they have moved or were an AnnData object; they must be the same.
+
+    Raises:
+        RunError: not a run directory, damaged, or the data are not those it was started with.
+    """
+    run = Run.open(path)
+    config, names = read_config(run), read_vocabulary(run)
+    facts = run.read_json("data.json")
+    source = source if source is not None else facts["source"]
+    if source is None:
+        raise RunError(f"{path} was trained from an AnnData object in memory; pass the same object again")
+    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    dataset = data.load(source, config.data, backed=facts["backed"])
+    if dataset.fingerprint() != facts["fingerprint"]:
+        raise RunError(f"the data are not those that {path} was started with (cells, genes or counts differ)")
+    arrays = run.read_arrays("split.safetensors")
+    held = [tuple(condition) for condition in facts["heldout"]]
+    split = Split(arrays["train"], arrays["validation"], arrays["heldout"], held)
+    return _fit(run, config, dataset.select_genes(names.genes), split, names, twin, console)
+
+
+def training_groups(dataset: Dataset, split: Split) -> list[Group]:
+    """Conditions of the training cells with their controls; controls against themselves anchor K at the identity."""
+    found = data.groups(dataset, split.train, include_control=True)
+    found = [group for group in found if group.label != CONTROL or len(group.cells) >= 2]
+    if not any(group.label != CONTROL for group in found):
+        raise DataError("no perturbed cell is left for training; hold out less")
+    return found
+
+
+def make_vocabulary(dataset: Dataset, groups: Sequence[Group], featured: Sequence[str] = ()) -> Vocabulary:
+    """Names that training gives a meaning to; everything else is unknown to the model."""
+    members = {dataset.perturbations[i] for g in groups for i, dose in zip(g.members, g.doses, strict=True) if dose}
+    batches = sorted({group.batch for group in groups} - {"", UNKNOWN})
+    return Vocabulary(
+        genes=tuple(map(str, dataset.genes)),
+        perturbations=vocabulary(sorted({*members, *featured})),
+        tissues=vocabulary([group.tissue for group in groups]),
+        batches=(UNKNOWN, *batches) if batches else (),
+        covariates=dataset.config.covariates,
+    )
+
+
+def context_table(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Which training condition is compared with how many controls of which context."""
+    return [
+        {
+            "label": group.label,
+            "tissue": group.tissue,
+            "cell_type": group.cell_type,
+            "batch": group.batch,
+            "cells": len(group.cells),
+            "controls": len(group.controls),
+        }
+        for group in groups
+    ]
+
+
+def read_features(path: str | Path, groups: Sequence[Group], dataset: Dataset) -> dict[str, np.ndarray]:
+    """Fixed features by perturbation name, from CSV; every training perturbation must have them.
+
+    Raises:
+        DataError: the file is missing or not numeric, a name occurs twice, or a training perturbation has no row.
+    """
+    import pandas as pd
+
+    try:
+        frame = pd.read_csv(path, index_col=0)
+        values = frame.to_numpy(np.float64)
+    except FileNotFoundError:
+        raise DataError(f"features file {path} does not exist") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DataError(f"features file {path} is not a CSV of name and numbers: {error}") from None
+    names = [str(name) for name in frame.index]
+    if not np.isfinite(values).all():
+        raise DataError(f"features file {path} has missing or infinite values; fill them in")
+    if len(set(names)) < len(names) or not values.size:
+        raise DataError(f"features file {path} has {len(names)} rows, {len(set(names))} names; one row each is wanted")
+    table = dict(zip(names, values, strict=True))
+    for group in groups:
+        for index, dose in zip(group.members, group.doses, strict=True):
+            name = dataset.perturbations[index]
+            if dose and name not in table:
+                raise DataError(f"features file {path} has no row for {name!r}; {nearest(name, table)}")
+    return table
+
+
+def feature_matrix(table: dict[str, np.ndarray], names: Vocabulary) -> np.ndarray:
+    """(n_perturbations, n_features), standardised per feature; row 0, unknown, is zero."""
+    rows = np.stack([table[name] for name in names.perturbations[1:]])
+    spread = rows.std(axis=0)
+    rows = (rows - rows.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+    return np.concatenate([np.zeros((1, rows.shape[1])), rows])
+
+
+def _fit(
+    run: Run,
+    config: Config,
+    dataset: Dataset,
+    split: Split,
+    names: Vocabulary,
+    twin: Backend,
+    console: Console | None,
+) -> Model:
+    description = ", ".join(f"{key} {value}" for key, value in twin.describe().items())
+    run.log(f"training with {description}")
+    with reporter(console) as show:
+        params = _train(run, config, dataset, split, names, twin, show)
+    run.write("model.safetensors", params)
+    run.commit()
+    model = Model(config, names, params, twin, run)
+    from pf_core.judgement import judge_run
+
+    with console.status("judging the held-out conditions") if console and console.is_terminal else nullcontext():
+        judge_run(model, dataset, split, console=console)
+    return model
+
+
+def _train(
+    run: Run, config: Config, dataset: Dataset, split: Split, names: Vocabulary, twin: Backend, show: Reporter
+) -> Parameters:
+    last = run.last()
+    run.truncate_history(last.position["history_length"] if last else 0)
+    features = run.read_arrays("features.safetensors")["features"] if run.has("features.safetensors") else None
+    sizes = Sizes(
+        n_genes=len(names.genes),
+        n_tissues=len(names.tissues),
+        n_perturbations=len(names.perturbations),
+        n_batches=len(names.batches),
+        n_covariates=len(names.covariates),
+        n_features=0 if features is None else features.shape[1],
+    )
+    cells = CellSource(dataset, split.train, split.validation, names, config)
+    params = start_vae(vae_parameters(config.vae, sizes, config.seed), dataset, split.train, config.vae)
+
+    def stage(name: str, source: Any, params: Parameters, trainable: Callable[[str], bool], carry: Any) -> Parameters:
+        done = last is not None and backends.STAGES.index(last.stage) > backends.STAGES.index(name)
+        chosen = tuple(sorted(filter(trainable, params)))
+        if done or not stage_settings(config, name).max_steps:
+            best = run.best(name)
+            trained = best.group("params") if best else {}
+            return {key: np.asarray(value, config.dtype) for key, value in {**params, **trained}.items()}
+        return train_stage(
+            twin,
+            name,
+            source,
+            params,
+            trainable=chosen,
+            carry=carry,
+            config=config,
+            run=run,
+            resume=last if last is not None and last.stage == name else None,
+            history_length=run.history_length(),
+            progress=show,
+        )
+
+    params = stage("vae", cells, params, lambda name: True, {})
+    latents = Model(config, names, params, twin, run).encode(dataset)
+    groups = training_groups(dataset, split)
+    held = validation_groups(dataset, split)
+    start = operator_parameters(config.operator, config.vae.n_latent, sizes, config.seed)
+    if features is not None:
+        start["conditions.features"] = features
+    inputs = conditions(groups, dataset.perturbations, names, "float64")
+    start = start_operators(start, latents.astype(np.float64), groups, inputs, config.operator)
+    source = ConditionSource(latents, groups, held, dataset.perturbations, names, config)
+    carry = source.carry(sizes.n_tissues)
+
+    def operator_part(name: str) -> bool:
+        return not name.startswith("vae.") and name != "conditions.features"
+
+    params = stage("operator", source, {**params, **start}, operator_part, carry)
+    joint = JointSource(cells, latents, groups, held, names, config)
+    return stage("joint", joint, params, lambda name: name != "conditions.features", carry)
+
+
+def validation_groups(dataset: Dataset, split: Split) -> list[Group]:
+    """Validation cells of the training conditions against the training controls of their context."""
+    perturbed = split.validation[~dataset.is_control[split.validation]]
+    controls = split.train[dataset.is_control[split.train]]
+    return data.groups(dataset, perturbed, controls=controls)

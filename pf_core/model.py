@@ -1,0 +1,430 @@
+"""The public face: train a model, load a run, predict cells for conditions that were not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pf_core import backends, data, genes
+from pf_core.backends import Arrays, Backend
+from pf_core.batches import Vocabulary
+from pf_core.checkpoint import Run
+from pf_core.config import Config, from_dict
+from pf_core.errors import nearest
+from pf_core.labels import Members, parse_condition
+from pf_core.outputs import Means, Output, predicted_counts
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+__all__ = ["Model", "Operator", "PredictionError"]
+
+ENCODE_BLOCK = 1024  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
+
+
+class PredictionError(ValueError):
+    """A prediction that the model cannot make; the message says why and what would make it possible."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """K(z) = A z + b of one condition, with the response profile (alpha, beta) it came from."""
+
+    label: str
+    A: np.ndarray  # (n_latent, n_latent)
+    b: np.ndarray  # (n_latent,)
+    alpha: np.ndarray  # (n_bases,)
+    beta: np.ndarray  # (n_bases,)
+
+    def __call__(self, z: np.ndarray) -> np.ndarray:
+        """Move latents (n_cells, n_latent)."""
+        return z @ self.A.T + self.b
+
+    def then(self, other: Operator) -> Operator:
+        """The composition: this operator first, the other after it. Its profile is the sum of both."""
+        return Operator(
+            f"{self.label} then {other.label}",
+            other.A @ self.A,
+            other.A @ self.b + other.b,
+            self.alpha + other.alpha,
+            self.beta + other.beta,
+        )
+
+    def norm(self, kind: str = "spectral") -> float:
+        """The spectral (largest singular value) or Frobenius norm of A."""
+        orders = {"spectral": 2, "frobenius": "fro"}
+        if kind not in orders:
+            raise ValueError(f"kind is {kind!r}; 'spectral' or 'frobenius' was wanted")
+        return float(np.linalg.norm(self.A, orders[kind]))
+
+    def eigenvalues(self) -> np.ndarray:
+        """Complex eigenvalues of A, (n_latent,)."""
+        return np.linalg.eigvals(self.A)
+
+    def spectral_radius(self) -> float:
+        """The largest absolute eigenvalue of A."""
+        return float(np.abs(self.eigenvalues()).max())
+
+    def commutator_norm(self, other: Operator) -> float:
+        """Frobenius norm of K_a K_b - K_b K_a as affine maps; 0 where the order does not matter."""
+        first, second = other.then(self), self.then(other)
+        return float(np.hypot(np.linalg.norm(first.A - second.A), np.linalg.norm(first.b - second.b)))
+
+
+class Model:
+    """A trained model and the run it lives in."""
+
+    def __init__(
+        self, config: Config, vocabulary: Vocabulary, params: Mapping[str, np.ndarray], backend: Backend, run: Run
+    ) -> None:
+        self.config, self.vocabulary, self.params = config, vocabulary, dict(params)
+        self.backend, self.run = backend, run
+
+    # --- making one ---------------------------------------------------------------------------------------------
+    @classmethod
+    def train(
+        cls,
+        source: Any,
+        *,
+        out: str | Path = "pf-run",
+        backend: str = "jax",
+        config: Config | None = None,
+        holdout: Sequence[str] = (),
+        device: str = "cpu",
+        **settings: Any,
+    ) -> Model:
+        """Train on an AnnData object or an h5ad file, judge the held-out conditions, and write the run directory.
+
+        Args:
+            source: AnnData, or the path of an h5ad file or zarr store.
+            out: the run directory, which must not exist or be empty.
+            backend: "jax" or "torch".
+            config: all settings; the default ones otherwise.
+            holdout: conditions kept out of training, "column=value,column=value" each.
+            device: "cpu", "gpu" or, for JAX, "tpu".
+            settings: further arguments of pf_core.fit.fit (features, backed, console).
+
+        Returns:
+            The trained model.
+
+        Raises:
+            DataError: the data cannot be used.
+            RunError: `out` holds something already.
+            TrainingError: values stayed non-finite.
+        """
+        from pf_core.fit import fit
+
+        config = config or Config()
+        if holdout:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, holdout=tuple(holdout)))
+        return fit(source, out=out, backend=backend, config=config, device=device, **settings)
+
+    @classmethod
+    def load(cls, path: str | Path, *, backend: str = "jax", device: str = "cpu") -> Model:
+        """A trained model from its run directory, in either twin whichever wrote it.
+
+        Raises:
+            RunError: not a run directory, damaged, or its training has not ended.
+        """
+        run = Run.open(path)
+        config = read_config(run)
+        params = run.read_arrays("model.safetensors")
+        return cls(config, read_vocabulary(run), params, backends.load(backend, dtype=config.dtype, device=device), run)
+
+    # --- latent space -------------------------------------------------------------------------------------------
+    def encode(self, dataset: data.Dataset, cells: np.ndarray | None = None) -> np.ndarray:
+        """Latent means (n, n_latent) of some or all cells of a data set that has the model's genes."""
+        cells = np.arange(dataset.n_cells) if cells is None else cells
+        tissue = self.vocabulary.codes("tissues", dataset.tissue)
+        out = np.empty((len(cells), self.config.vae.n_latent), self.config.dtype)
+        for start in range(0, len(cells), ENCODE_BLOCK):
+            block = cells[start : start + ENCODE_BLOCK]
+            counts = dataset.dense(block, self.config.dtype)
+            out[start : start + len(block)] = self.encode_counts(counts, tissue[block])
+        return out
+
+    def encode_counts(self, counts: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+        """Latent means of at most ENCODE_BLOCK dense rows."""
+        n = len(counts)
+        pad = ENCODE_BLOCK - n
+        mean, _ = self.backend.encode(
+            self.params, np.pad(counts, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), self.config
+        )
+        return mean[:n]
+
+    def decode(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
+        """Mean counts (n, n_genes) of at most ENCODE_BLOCK latents."""
+        n = len(z)
+        pad = ENCODE_BLOCK - n
+        padded = (np.pad(z, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), np.pad(library, (0, pad), mode="edge"))
+        return self.backend.decode(self.params, *padded, self.config)[:n]
+
+    def means(self, z0: np.ndarray, z1: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> Means:
+        """(mu0, mu1) of a block of cells, decoded when asked for."""
+
+        def block(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+            rest = (tissue[rows], library[rows])
+            return self.decode(z0[rows], *rest), self.decode(z1[rows], *rest)
+
+        return block
+
+    def dispersion(self) -> np.ndarray:
+        """Inverse dispersion per gene (the mean over tissues where each has its own)."""
+        tissues = np.arange(len(self.vocabulary.tissues), dtype=np.int32)
+        r = self.backend.dispersion(self.params, tissues, self.config)
+        return r if r.ndim == 1 else np.exp(np.log(r).mean(0))
+
+    # --- operators ----------------------------------------------------------------------------------------------
+    def members(self, label: str) -> Members:
+        """The perturbations of a label and their doses, checked against what the model can represent.
+
+        Raises:
+            PredictionError: a perturbation that was not in training and has no features.
+        """
+        members = parse_condition(label, self.config.data)
+        for name, _ in members:
+            if name not in self.vocabulary.perturbations[1:]:
+                raise PredictionError(
+                    f"perturbation {name!r} was not in training and has no features"
+                    f" ({nearest(name, self.vocabulary.perturbations[1:])}); train with --features FILE to predict"
+                    " perturbations that were never seen"
+                )
+        return members
+
+    def conditions(
+        self,
+        members: Members,
+        tissues: Sequence[str],
+        batches: Sequence[str] | None = None,
+        covariates: np.ndarray | None = None,
+    ) -> Arrays:
+        """What the condition encoder reads for one list of (perturbation, dose) in several contexts."""
+        rows, dtype = len(tissues), self.config.dtype
+        codes = self.vocabulary.codes("perturbations", [name for name, _ in members])
+        width = max(len(members), 1)
+        perturbations, doses = np.zeros((rows, width), np.int32), np.zeros((rows, width), dtype)
+        perturbations[:, : len(members)] = codes
+        doses[:, : len(members)] = [dose for _, dose in members]
+        onehot = np.zeros((rows, len(self.vocabulary.batches)), dtype)
+        if batches is not None:
+            batch = self.vocabulary.codes("batches", batches)
+            known = np.flatnonzero(batch)
+            onehot[known, batch[known]] = 1.0
+        if covariates is None:
+            covariates = np.zeros((rows, len(self.vocabulary.covariates)))
+        return {
+            "perturbations": perturbations,
+            "doses": doses,
+            "tissue": self.vocabulary.codes("tissues", tissues),
+            "batch": onehot,
+            "covariates": np.asarray(covariates, dtype),
+        }
+
+    def operators(self, conditions: Arrays, labels: Sequence[str]) -> list[Operator]:
+        """The operators of prepared condition rows."""
+        found = self.backend.operators(self.params, conditions, self.config)
+        return [
+            Operator(label, *(found[name][row] for name in ("A", "b", "alpha", "beta")))
+            for row, label in enumerate(labels)
+        ]
+
+    def operator(self, perturbation: str, *, tissue: str | None = None, batch: str = "") -> Operator:
+        """The operator of one condition. A perturbation "A@0.5+B" carries its doses; "control" has dose 0 throughout.
+
+        Args:
+            perturbation: the label.
+            tissue: may be left out where the model knows one tissue only.
+            batch: "" for pooled batches.
+        """
+        rows = self.conditions(self.members(perturbation), [self._tissue(tissue)], [batch])
+        return self.operators(rows, [perturbation])[0]
+
+    def response_profile(self, perturbations: Sequence[str], *, tissue: str | None = None) -> np.ndarray:
+        """(n, 2 n_bases): alpha and beta of each perturbation side by side."""
+        found = [self.operator(label, tissue=tissue) for label in perturbations]
+        return np.stack([np.concatenate([one.alpha, one.beta]) for one in found])
+
+    def interpolate(self, first: str, second: str, weight: float, *, tissue: str | None = None) -> Operator:
+        """The operator between two conditions: theta = (1 - weight) theta_first + weight theta_second."""
+        parts = [(name, dose * (1.0 - weight)) for name, dose in self.members(first)]
+        parts += [(name, dose * weight) for name, dose in self.members(second)]
+        rows = self.conditions(tuple(parts), [self._tissue(tissue)])
+        return self.operators(rows, [f"{first} to {second} at {weight:g}"])[0]
+
+    def _tissue(self, tissue: str | None) -> str:
+        known = self.vocabulary.tissues[1:]
+        if tissue is None:
+            if len(known) > 1:
+                raise PredictionError(f"the model knows {len(known)} tissues; name one of {', '.join(known)}")
+            return known[0]
+        if tissue not in known:
+            raise PredictionError(f"tissue {tissue!r} was not in training; {nearest(tissue, known)}")
+        return tissue
+
+    # --- prediction ---------------------------------------------------------------------------------------------
+    def controls(self, source: Any, *, keep: Mapping[str, str] | None = None) -> tuple[data.Dataset, dict[str, Any]]:
+        """The cells to predict from: read, aligned to the model's genes, control cells only where there are any.
+
+        Args:
+            source: AnnData or a path.
+            keep: column -> value, only these cells.
+
+        Returns:
+            The data set and a report (genes found and missing, cells used).
+
+        Raises:
+            DataError: the data cannot be used; PredictionError: no cell is left, or a tissue was not in training.
+        """
+        dataset = data.load(source, dataclasses.replace(self.config.data, min_counts=0), training=False)
+        dataset, report = genes.align_genes(dataset, self.vocabulary.genes)
+        mask = dataset.is_control.copy() if dataset.is_control.any() else np.ones(dataset.n_cells, bool)
+        for column, value in (keep or {}).items():
+            if column not in dataset.obs:
+                raise PredictionError(f"column {column!r} is not in obs; {nearest(column, list(dataset.obs))}")
+            mask &= dataset.obs[column].astype(str).to_numpy() == value
+        if not mask.any():
+            raise PredictionError(
+                f"no control cell is left of {dataset.n_cells}; check the columns that were asked for"
+            )
+        report = {**report, "cells": int(mask.sum()), "cells_in_file": dataset.n_cells}
+        return dataset.select_cells(np.flatnonzero(mask)), report
+
+    def move(self, dataset: data.Dataset, z: np.ndarray, cells: np.ndarray, members: Members) -> np.ndarray:
+        """Latents of these cells under a condition; cells of one tissue and batch share one operator."""
+        tissue, batch = dataset.tissue[cells], dataset.batch[cells]
+        contexts = sorted(set(zip(tissue, batch, strict=True)))
+        for name in {name for name, _ in contexts}:
+            self._tissue(name)
+        masks = [(tissue == name) & (batch == where) for name, where in contexts]
+        covariates = np.stack([dataset.covariates[cells][mask].mean(0) for mask in masks])
+        rows = self.conditions(members, [t for t, _ in contexts], [b for _, b in contexts], covariates)
+        moved = np.empty_like(z)
+        for operator, mask in zip(self.operators(rows, [""] * len(masks)), masks, strict=True):
+            moved[mask] = operator(z[mask])
+        return moved
+
+    def predict(
+        self,
+        controls: Any,
+        perturbation: str,
+        *,
+        then: Sequence[str] = (),
+        output: Output = "transport",
+        seed: int = 0,
+        keep: Mapping[str, str] | None = None,
+    ) -> AnnData:
+        """Predicted cells, one for each control cell.
+
+        Args:
+            controls: AnnData or a path; where it has control cells, those are used, else all of its cells.
+            perturbation: "A", "A+B" or with doses "A@0.5+B".
+            then: perturbations applied one after the other to the result.
+            output: "transport" (the control cell's own counts, moved), "sample" (negative-binomial draws) or "mean".
+            seed: of the draws.
+            keep: column -> value, only these control cells.
+
+        Returns:
+            AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
+            in obsm["X_control_latent"] and obsm["X_latent"].
+
+        Raises:
+            DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.
+        """
+        dataset, report = self.controls(controls, keep=keep)
+        cells = np.arange(dataset.n_cells)
+        z0 = self.encode(dataset)
+        z1 = z0
+        for step in (perturbation, *then):
+            z1 = self.move(dataset, z1, cells, self.members(step))
+        label = " then ".join((perturbation, *then))
+        return self._cells(dataset, z0, z1, label, report, output=output, seed=seed)
+
+    def trajectory(
+        self,
+        controls: Any,
+        perturbation: str,
+        *,
+        times: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        output: Output = "transport",
+        seed: int = 0,
+        keep: Mapping[str, str] | None = None,
+    ) -> AnnData:
+        """Cells on the way from control (time 0) to the perturbed state (time 1), z_t = (1 - t) z + t K(z).
+
+        Returns:
+            AnnData with len(times) rows per control cell and the time in obs["time"].
+        """
+        import anndata
+
+        dataset, report = self.controls(controls, keep=keep)
+        z0 = self.encode(dataset)
+        z1 = self.move(dataset, z0, np.arange(dataset.n_cells), self.members(perturbation))
+        parts = []
+        for time in times:
+            z = z0 + z0.dtype.type(time) * (z1 - z0)
+            part = self._cells(dataset, z0, z, perturbation, report, output=output, seed=seed)
+            part.obs["time"] = float(time)
+            part.obs_names = [f"{name}-t{time:g}" for name in part.obs_names]
+            parts.append(part)
+        joined = anndata.concat(parts, merge="same", uns_merge="same")
+        return joined
+
+    def counterfactual(self, controls: Any, first: str, second: str, **options: Any) -> tuple[AnnData, AnnData]:
+        """The same control cells under two conditions, with the same draws."""
+        return self.predict(controls, first, **options), self.predict(controls, second, **options)
+
+    def _cells(
+        self,
+        dataset: data.Dataset,
+        z0: np.ndarray,
+        z1: np.ndarray,
+        label: str,
+        report: Mapping[str, Any],
+        *,
+        output: Output,
+        seed: int,
+    ) -> AnnData:
+        import anndata
+        import pandas as pd
+
+        tissue = self.vocabulary.codes("tissues", dataset.tissue)
+        library = dataset.library().astype(self.config.dtype)
+        counts = predicted_counts(
+            dataset.rows(np.arange(dataset.n_cells)),
+            self.means(z0, z1, tissue, library),
+            seed=seed,
+            name=label,
+            output=output,
+            r=self.dispersion(),
+        )
+        obs = dataset.obs.copy()
+        obs[self.config.data.perturbation] = label
+        var = pd.DataFrame(index=pd.Index(self.vocabulary.genes))
+        adata = anndata.AnnData(counts, obs=obs, var=var)
+        adata.obsm["X_control_latent"], adata.obsm["X_latent"] = z0, z1
+        adata.uns["pf"] = {"output": output, "seed": seed, "n_genes_missing": len(report["missing"])}
+        return adata
+
+
+def read_config(run: Run) -> Config:
+    """The configuration of a run."""
+    import tomllib
+
+    return from_dict(Config, tomllib.loads(run.read_text("config.toml")))
+
+
+def read_vocabulary(run: Run) -> Vocabulary:
+    """The names behind the indices of a run's model."""
+    table = run.read_json("vocabulary.json")
+    return Vocabulary(**{key: tuple(value) for key, value in table.items()})
+
+
+def vocabulary_json(vocabulary: Vocabulary) -> str:
+    """What read_vocabulary reads."""
+    return json.dumps(dataclasses.asdict(vocabulary), indent=1) + "\n"
