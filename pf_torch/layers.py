@@ -1,0 +1,70 @@
+"""The pieces that modules are made of: parameters given by name, dense layers, one-hot codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "Linear", "one_hot", "own", "select", "softplus"]
+
+
+def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> None:
+    """Give a module one of its named weights.
+
+    NumPy arrays and nn.Parameters become parameters of the module, so that `.parameters()` and torch.optim see them.
+    Any other tensor is used as it is, so that inside a functional step gradients flow to whoever made it.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = torch.tensor(value)
+        if trainable:
+            value = nn.Parameter(value)
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
+
+
+def select(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The parameters below a dotted prefix, with the prefix cut off."""
+    return {name[len(prefix) + 1 :]: value for name, value in params.items() if name.startswith(prefix + ".")}
+
+
+def one_hot(index: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """One-hot code (..., n) of integers in [0, n)."""
+    return nn.functional.one_hot(index.long(), n).to(dtype)
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + exp(x)) as logaddexp(0, x), which never turns linear as torch's own softplus does above 20."""
+    return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+
+class Linear(nn.Module):
+    """x @ weight + bias, with weight (in, out)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, params: Mapping[str, Any]):
+        super().__init__()
+        own(self, "weight", params["weight"])
+        own(self, "bias", params["bias"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(x, self.weight) + self.bias
+
+
+class MLP(nn.Module):
+    """Two dense layers with a relu between them."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        super().__init__()
+        self.hidden = Linear(select(params, "hidden"))
+        self.out = Linear(select(params, "out"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(x)))
