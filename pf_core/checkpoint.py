@@ -17,12 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from pf_core.errors import RunError
+
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-class RunError(ValueError):
-    """A run directory that cannot be used as asked; the message says why and what to do."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> str:

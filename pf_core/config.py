@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from pf_core.errors import ConfigError
+
 # --- numerical constants (docs/math.md gives the formula each belongs to) ---------------------------------------
 MU_FLOOR = 1e-8  # added to a softplus mean, and the smallest mean of the likelihood
 R_MIN, R_MAX = 1e-4, 1e4  # bounds of the inverse dispersion r = exp(clip(log_r, ln R_MIN, ln R_MAX))
@@ -126,17 +128,22 @@ class Config:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
-        """Read a TOML file. Keys that no field has, and values of a wrong type, raise ValueError by name."""
+        """Read a TOML file. Keys that no field has, and values of a wrong type, raise ConfigError by name."""
         try:
             table = tomllib.loads(Path(path).read_text())
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{path} is not valid TOML: {error}") from None
+            raise ConfigError(f"{path} is not valid TOML: {error}") from None
         return from_dict(cls, table)
 
     def to_toml(self) -> str:
         import tomli_w
 
-        return tomli_w.dumps(_plain(dataclasses.asdict(self)))
+        return tomli_w.dumps(to_dict(self))
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain tables and lists."""
+    return _plain(dataclasses.asdict(config))
 
 
 def _plain(value: Any) -> Any:
@@ -158,7 +165,7 @@ def from_dict(cls: type, table: dict[str, Any], where: str = "") -> Any:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(hints)}"
-            raise ValueError(f"unknown setting {name}{hint}")
+            raise ConfigError(f"unknown setting {name}{hint}")
         values[key] = _checked(name, value, hints[key])
     return cls(**values)
 
@@ -166,18 +173,18 @@ def from_dict(cls: type, table: dict[str, Any], where: str = "") -> Any:
 def _checked(name: str, value: Any, kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is {value!r}; a table was wanted")
+            raise ConfigError(f"{name} is {value!r}; a table was wanted")
         return from_dict(kind, value, name)  # type: ignore[arg-type]
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{name} is {value!r}; one of {', '.join(map(repr, get_args(kind)))} was wanted")
+            raise ConfigError(f"{name} is {value!r}; one of {', '.join(map(repr, get_args(kind)))} was wanted")
         return value
     if get_origin(kind) is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{name} is {value!r}; a list of strings was wanted")
+            raise ConfigError(f"{name} is {value!r}; a list of strings was wanted")
         return tuple(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} is {value!r}; a value of type {kind.__name__} was wanted")
+        raise ConfigError(f"{name} is {value!r}; a value of type {kind.__name__} was wanted")
     return value

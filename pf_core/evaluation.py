@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,16 +10,18 @@ import numpy as np
 from pf_core import baselines, metrics, noise
 from pf_core.baselines import Declined, Prediction, Predictor, Shifts, Task
 from pf_core.data import Dataset
+from pf_core.errors import PredictionError
 from pf_core.labels import condition_label, parse_condition
 from pf_core.metrics import PCA
-from pf_core.model import ENCODE_BLOCK, Model, PredictionError
+from pf_core.model import ENCODE_BLOCK, Model
 from pf_core.outputs import Csr, Output, predicted_counts
 from pf_core.verdict import Condition, MetricRow
 
 MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
 MAX_PCA_CELLS = 20_000
 MODEL = "operator model"
-REFERENCE = "real cells, half against half"
+HALVES = "real cells, half against half"
+Reference = Callable[[str, str, str, int], Csr]
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def evaluate(
     *,
     output: Output = "transport",
     seed: int = 0,
-) -> list[Judged]:
+    references: Mapping[str, Reference] | None = None,
+) -> tuple[PCA, list[Judged]]:
     """Judge every condition among the held-out cells.
 
     Args:
@@ -50,9 +54,11 @@ def evaluate(
         heldout: indices of the cells to be predicted.
         output: the output mode, the same for the model and for every baseline.
         seed: of the draws.
+        references: cells shown for scale, from (label, tissue, cell type, n): where the truth is known, fresh draws.
 
     Returns:
-        One entry per (label, tissue, cell type) among the held-out perturbed cells, in that order.
+        The principal components that all were measured in, and one entry per (label, tissue, cell type) among the
+        held-out perturbed cells, in that order.
     """
     ruler = metrics.real_pca(dataset.rows(_some(np.arange(dataset.n_cells), MAX_PCA_CELLS, seed, "pca")))
     predictors = _predictors(model, dataset, seen)
@@ -116,7 +122,8 @@ def _judge(
     seen: np.ndarray,
     perturbed: np.ndarray,
     key: tuple[str, str, str],
-    predictors: dict[str, Predictor],
+    predictors: Mapping[str, Predictor],
+    references: Mapping[str, Reference],
     ruler: PCA,
     *,
     output: Output,
@@ -155,14 +162,16 @@ def _judge(
         rows.append(MetricRow(condition, method, values, kind))
         if method == MODEL:
             planes["predicted"] = ruler.transform(counts)[:, :2]
-    halves = noise.generator(seed, f"evaluation.{name}.halves").permutation(cells.size)
-    first, second = halves[: cells.size // 2], halves[cells.size // 2 :]
+    halves = noise.generator(seed, f"evaluation.{name}.halves").permutation(len(cells))
+    first, second = halves[: len(cells) // 2], halves[len(cells) // 2 :]
     if min(len(first), len(second)) > 1:
         values = metrics.score(real[first], real[second], task.counts, ruler)
-        z = z_real.astype(np.float64)
-        for estimator in ("u", "v"):
-            values[f"energy_latent_{estimator}"] = metrics.energy_distance(z[first], z[second], estimator=estimator)
-        rows.append(MetricRow(condition, REFERENCE, values, "reference"))
+        values |= _latent_energies(model, real[second], tissue, z_real[first])
+        rows.append(MetricRow(condition, HALVES, values, "reference"))
+    for method, reference in references.items():
+        counts = reference(label, tissue, cell_type, len(cells))
+        values = metrics.score(real, counts, task.counts, ruler) | _latent_energies(model, counts, tissue, z_real)
+        rows.append(MetricRow(condition, method, values, "reference"))
     planes |= {"control": ruler.transform(task.counts)[:, :2], "real": ruler.transform(real)[:, :2]}
     return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,17 @@ import numpy as np
 from pf_core import backends, data, genes, splits
 from pf_core.backends import Backend
 from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
-from pf_core.checkpoint import Run, RunError
+from pf_core.checkpoint import Run
 from pf_core.config import Config
 from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset, Group
-from pf_core.errors import DataError, nearest
+from pf_core.errors import DataError, RunError, nearest
+from pf_core.evaluation import Judged, Reference
 from pf_core.initial import Parameters, Sizes, operator_parameters, vae_parameters
+from pf_core.judgement import judge_run
 from pf_core.labels import CONTROL, UNKNOWN, vocabulary
 from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
+from pf_core.outputs import Output
 from pf_core.splits import Split
 from pf_core.start import start_operators, start_vae
 from pf_core.training import stage_settings, train_stage
@@ -39,6 +42,7 @@ def fit(
     compile: bool = False,
     features: str | Path | None = None,
     backed: bool = False,
+    references: Mapping[str, Reference] | None = None,
     console: Console | None = None,
 ) -> Model:
     """Train, judge the held-out conditions, write the run directory. Model.train describes the arguments.
@@ -48,6 +52,7 @@ def fit(
             instead of a learned table, so that perturbations never seen can be predicted.
         backed: leave the counts in the file and read the cells of each batch.
         compile: torch.compile the steps of the PyTorch twin.
+        references: cells shown beside the predictions for scale (pf_core.evaluation.evaluate).
     """
     twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
     dataset = data.load(source, config.data, backed=backed)
@@ -64,6 +69,8 @@ def fit(
         "backed": backed,
         "fingerprint": fingerprint,
         "summary": dataset.summary,
+        "n_genes": dataset.n_genes,
+        "n_control": int(dataset.is_control.sum()),
         "heldout": [list(condition) for condition in split.conditions],
         "cells": {"train": len(split.train), "validation": len(split.validation), "heldout": len(split.heldout)},
         "audit": audit,
@@ -79,7 +86,7 @@ def fit(
             **({"features.safetensors": {"features": feature_matrix(table, names)}} if table else {}),
         },
     )
-    return _fit(run, config, dataset, split, names, twin, console)
+    return _fit(run, config, dataset, split, names, twin, console, references)
 
 
 def resume(
@@ -100,20 +107,49 @@ def resume(
     Raises:
         RunError: not a run directory, damaged, or the data are not those it was started with.
     """
+    run, config, dataset, split = reopen(path, source)
+    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    return _fit(run, config, dataset, split, read_vocabulary(run), twin, console)
+
+
+def judge_again(
+    path: str | Path,
+    *,
+    source: Any = None,
+    backend: str = "jax",
+    device: str = "cpu",
+    output: Output = "transport",
+    console: Console | None = None,
+) -> list[Judged]:
+    """Judge the held-out conditions of a finished run, in another output mode or by the other twin."""
+    _, _, dataset, split = reopen(path, source)
+    model = Model.load(path, backend=backend, device=device)
+    return judge_run(model, dataset, split, output=output, console=console)
+
+
+def reopen(path: str | Path, source: Any = None) -> tuple[Run, Config, Dataset, Split]:
+    """A run with its data and its split, as they were when it began.
+
+    Args:
+        path: the run directory.
+        source: the data, where they have moved or were an AnnData object.
+
+    Raises:
+        RunError: not a run directory, damaged, or the data are not those it was started with.
+    """
     run = Run.open(path)
-    config, names = read_config(run), read_vocabulary(run)
+    config = read_config(run)
     facts = run.read_json("data.json")
     source = source if source is not None else facts["source"]
     if source is None:
         raise RunError(f"{path} was trained from an AnnData object in memory; pass the same object again")
-    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
     dataset = data.load(source, config.data, backed=facts["backed"])
     if dataset.fingerprint() != facts["fingerprint"]:
         raise RunError(f"the data are not those that {path} was started with (cells, genes or counts differ)")
     arrays = run.read_arrays("split.safetensors")
-    held = [tuple(condition) for condition in facts["heldout"]]
+    held = [(label, tissue, cell_type) for label, tissue, cell_type in facts["heldout"]]
     split = Split(arrays["train"], arrays["validation"], arrays["heldout"], held)
-    return _fit(run, config, dataset.select_genes(names.genes), split, names, twin, console)
+    return run, config, dataset.select_genes(read_vocabulary(run).genes), split
 
 
 def training_groups(dataset: Dataset, split: Split) -> list[Group]:
@@ -198,6 +234,7 @@ def _fit(
     names: Vocabulary,
     twin: Backend,
     console: Console | None,
+    references: Mapping[str, Reference] | None = None,
 ) -> Model:
     description = ", ".join(f"{key} {value}" for key, value in twin.describe().items())
     run.log(f"training with {description}")
@@ -206,10 +243,8 @@ def _fit(
     run.write("model.safetensors", params)
     run.commit()
     model = Model(config, names, params, twin, run)
-    from pf_core.judgement import judge_run
-
     with console.status("judging the held-out conditions") if console and console.is_terminal else nullcontext():
-        judge_run(model, dataset, split, console=console)
+        judge_run(model, dataset, split, references=references, console=console)
     return model
 
 

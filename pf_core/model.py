@@ -16,20 +16,16 @@ from pf_core.backends import Arrays, Backend
 from pf_core.batches import Vocabulary
 from pf_core.checkpoint import Run
 from pf_core.config import Config, from_dict
-from pf_core.errors import nearest
+from pf_core.errors import PredictionError, nearest
 from pf_core.labels import Members, parse_condition
 from pf_core.outputs import Means, Output, predicted_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Model", "Operator", "PredictionError"]
+__all__ = ["Model", "Operator"]
 
 ENCODE_BLOCK = 1024  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
-
-
-class PredictionError(ValueError):
-    """A prediction that the model cannot make; the message says why and what would make it possible."""
 
 
 @dataclass(frozen=True)

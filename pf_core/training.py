@@ -18,13 +18,10 @@ import numpy as np
 from pf_core.backends import Arrays, Backend
 from pf_core.checkpoint import Checkpoint, Run, save_arrays, write_atomic
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, RETURN_LR_FACTOR, Config, StageConfig
+from pf_core.errors import TrainingError
 from pf_core.health import health_of
 
 CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once
-
-
-class TrainingError(RuntimeError):
-    """Training stopped because values stayed non-finite; the message names where, and the crash bundle."""
 
 
 class Source(Protocol):

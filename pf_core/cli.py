@@ -1,0 +1,284 @@
+"""The command line: pf simulate | train | predict | evaluate | demo | replay | convert | parity | bench | doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pf_core import __version__
+
+app = typer.Typer(
+    name="pf",
+    help="Perturbation forecasting for single cells: train in JAX or PyTorch, predict what was not measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Backend = Annotated[str, typer.Option(help="jax or torch")]
+Device = Annotated[str, typer.Option(help="cpu, gpu, or tpu (JAX only)")]
+
+
+def main() -> None:
+    """Run a command. Bad input ends in one line on stderr and exit code 2; training that broke down in exit code 3."""
+    from pf_core.errors import PfError, TrainingError
+
+    try:
+        app()
+    except TrainingError as error:
+        print(f"pf: {error}", file=sys.stderr)
+        sys.exit(3)
+    except PfError as error:
+        print(f"pf: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"pf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _config(path: Path | None, sets: list[str], data: dict[str, Any], top: dict[str, Any]) -> Any:
+    """Defaults, then the TOML file, then --set, then named options; the later ones win."""
+    import tomllib
+
+    from pf_core.config import Config, from_dict, to_dict
+    from pf_core.errors import ConfigError
+
+    config = Config.from_toml(path) if path else Config()
+    table = to_dict(config)
+    for item in sets:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r}: KEY=VALUE was wanted, for example vae.n_latent=16")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value
+        *path_keys, last = key.strip().split(".")
+        node = table
+        for part in path_keys:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {item!r}: {part} is a value, not a table")
+        node[last] = parsed
+    table["data"].update({key: value for key, value in data.items() if value is not None})
+    table.update({key: value for key, value in top.items() if value is not None})
+    return from_dict(Config, table)
+
+
+@app.command()
+def train(
+    data: Annotated[Path | None, typer.Argument(help="h5ad file (or zarr store) with raw counts")] = None,
+    out: Annotated[Path, typer.Option(help="run directory to be written")] = Path("pf-run"),
+    resume: Annotated[Path | None, typer.Option(help="continue this run instead")] = None,
+    backend: Backend = "jax",
+    device: Device = "cpu",
+    holdout: Annotated[
+        list[str] | None, typer.Option(help='conditions kept out, "column=value,column=value"; repeatable')
+    ] = None,
+    holdout_share: Annotated[float | None, typer.Option(help="share of conditions kept out at random")] = None,
+    genes: Annotated[int | None, typer.Option(help="highly variable genes kept; 0 keeps all")] = None,
+    features: Annotated[Path | None, typer.Option(help="CSV of perturbation features")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="one setting, KEY=VALUE; repeatable")] = None,
+    seed: Annotated[int | None, typer.Option(help="fixes every draw")] = None,
+    perturbation_column: Annotated[str | None, typer.Option(help="obs column of perturbations")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="name of control; repeatable")] = None,
+    dose_column: Annotated[str | None, typer.Option(help="obs column of doses")] = None,
+    tissue_column: Annotated[str | None, typer.Option(help="obs column of tissues")] = None,
+    cell_type_column: Annotated[str | None, typer.Option(help="obs column of cell types")] = None,
+    batch_column: Annotated[str | None, typer.Option(help="obs column of batches")] = None,
+    covariate: Annotated[list[str] | None, typer.Option(help="numeric obs column; repeatable")] = None,
+    layer: Annotated[str | None, typer.Option(help="layer that holds counts")] = None,
+    min_counts: Annotated[int | None, typer.Option(help="leave out cells with fewer counts")] = None,
+    backed: Annotated[bool, typer.Option("--backed", help="leave the counts in the file")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile the PyTorch steps")] = False,
+) -> None:
+    """Train on control and perturbed cells, judge the held-out conditions, write a run directory."""
+    from pf_core import fit
+    from pf_core.errors import ConfigError
+
+    console = _console()
+    if resume is not None:
+        model = fit.resume(resume, source=data, backend=backend, device=device, compile=compile, console=console)
+    else:
+        if data is None:
+            raise ConfigError("no data: give an h5ad file, or --resume RUN; pf demo needs no file")
+        settings = _config(
+            config,
+            set_ or [],
+            {
+                "holdout": holdout,
+                "holdout_share": holdout_share,
+                "genes": genes,
+                "perturbation": perturbation_column,
+                "control": control,
+                "dose": dose_column,
+                "tissue": tissue_column,
+                "cell_type": cell_type_column,
+                "batch": batch_column,
+                "covariates": covariate,
+                "layer": layer,
+                "min_counts": min_counts,
+            },
+            {"seed": seed},
+        )
+        model = fit.fit(
+            data,
+            out=out,
+            backend=backend,
+            device=device,
+            compile=compile,
+            config=settings,
+            features=features,
+            backed=backed,
+            console=console,
+        )
+    console.print(f"run directory: {model.run.path} (open report.html)", highlight=False)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    data: Annotated[Path, typer.Argument(help="h5ad file with control cells")],
+    perturbation: Annotated[str, typer.Option(help='"A", "A+B", or with doses "A@0.5+B"')],
+    then: Annotated[list[str] | None, typer.Option(help="a perturbation applied after it; repeatable")] = None,
+    out: Annotated[Path, typer.Option(help="h5ad file to be written")] = Path("predicted.h5ad"),
+    output: Annotated[str, typer.Option(help="transport, sample or mean")] = "transport",
+    cells: Annotated[list[str] | None, typer.Option(help="only these controls, column=value; repeatable")] = None,
+    times: Annotated[str | None, typer.Option(help="a trajectory instead, START:STOP:STEP, e.g. 0:1:0.25")] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="also these cells under another perturbation")] = None,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Predict cells for a condition, from control cells."""
+    from pf_core.errors import ConfigError
+    from pf_core.model import Model
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; nothing was written. Choose another --out")
+    if times and (then or counterfactual):
+        raise ConfigError("--times goes with neither --then nor --counterfactual; run them apart")
+    keep = {}
+    for item in cells or []:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--cells {item!r}: column=value was wanted")
+        keep[column.strip()] = value.strip()
+    model = Model.load(run, backend=backend, device=device)
+    options: dict[str, Any] = {"output": output, "seed": seed, "keep": keep}
+    if times:
+        predicted = model.trajectory(data, perturbation, times=_times(times), **options)
+    else:
+        predicted = model.predict(data, perturbation, then=then or (), **options)
+    if counterfactual:
+        import anndata
+
+        other = model.predict(data, counterfactual, then=then or (), **options)
+        pairs = {perturbation: predicted, counterfactual: other}
+        predicted = anndata.concat(pairs, label="counterfactual", index_unique="-", merge="same", uns_merge="same")
+    _write_h5ad(predicted, out)
+    missing = predicted.uns["pf"]["n_genes_missing"]
+    note = f"; {missing} of the model's genes are not in {data} and count as 0" if missing else ""
+    print(f"{out}: {predicted.n_obs} cells, {predicted.n_vars} genes{note}")
+
+
+def _times(text: str) -> list[float]:
+    import numpy as np
+
+    from pf_core.errors import ConfigError
+
+    try:
+        start, stop, step = map(float, text.split(":"))
+        if not (step > 0 and stop >= start and (stop - start) / step < 10_000):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"--times {text!r}: START:STOP:STEP was wanted, for example 0:1:0.25") from None
+    return [float(time) for time in start + step * np.arange(int((stop - start) / step + 1e-9) + 1)]
+
+
+def _write_h5ad(adata: Any, path: Path) -> None:
+    """Write by way of a temporary file, so that the name never holds half a file."""
+    import os
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    adata.write_h5ad(temporary, compression="gzip")
+    os.replace(temporary, path)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    data: Annotated[Path | None, typer.Argument(help="the data, where they have moved")] = None,
+    output: Annotated[str, typer.Option(help="transport, sample or mean")] = "transport",
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Judge a run's held-out conditions again, beside the simple answers."""
+    from pf_core import fit
+
+    fit.judge_again(run, source=data, backend=backend, device=device, output=output, console=_console())
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="h5ad file to be written")],
+    seed: Annotated[int, typer.Option(help="fixes every draw")] = 0,
+    genes: Annotated[int | None, typer.Option(help="number of genes")] = None,
+) -> None:
+    """Simulate Perturb-seq counts with known operators."""
+    from pf_core.errors import ConfigError
+    from pf_core.simulate import simulate as draw
+
+    if out.exists():
+        raise ConfigError(f"{out} exists; nothing was written. Choose another name")
+    adata = draw(seed, **({"n_genes": genes} if genes else {}))
+    _write_h5ad(adata, out)
+    print(f"{out}: {adata.n_obs} cells, {adata.n_vars} genes, {adata.obs['perturbation'].nunique()} conditions")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="run directory to be written")] = Path("pf-demo"),
+    backend: Backend = "jax",
+    seed: Annotated[int, typer.Option(help="fixes every draw")] = 0,
+) -> None:
+    """Simulate, train, predict held-out pairs, compare with the truth and with simple answers. No file needed."""
+    from pf_core.demo import demo as run_demo
+
+    run_demo(out, backend=backend, seed=seed, console=_console())
+
+
+@app.command()
+def replay(
+    crash: Annotated[Path, typer.Argument(help="crash bundle, RUN/crash")],
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Run the step of a crash bundle again, in either twin, and say where values stop being finite."""
+    from pf_core.replay import replay as run_replay
+
+    run_replay(crash, backend=backend, device=device, console=_console())
