@@ -142,7 +142,7 @@ class Run:
         """
         run = cls(path)
         try:
-            text = (run.path / MANIFEST).read_text()
+            text = (run.path / MANIFEST).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise RunError(
                 f"{path} is not a run directory (it has no {MANIFEST}); give the --out of a training run"
@@ -151,7 +151,7 @@ class Run:
             outer = json.loads(text)
             body = outer["manifest"]
             intact = hashlib.sha256(_json(body).encode()).hexdigest() == outer["sha256"]
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        except (ValueError, KeyError, TypeError):
             intact, body = False, {}
         if not intact:
             raise RunError(f"{path}/{MANIFEST} is damaged; restore it from a copy")
@@ -209,7 +209,7 @@ class Run:
             self.manifest["best"][checkpoint.stage] = entry
         self.commit()
         keep = {entry["file"] for entry in (self.manifest["last"], *self.manifest["best"].values())}
-        for path in (self.path / "checkpoints").glob("*.safetensors"):
+        for path in (self.path / "checkpoints").iterdir():  # older ones, and what a killed process left half written
             if f"checkpoints/{path.name}" not in keep:
                 path.unlink()
 

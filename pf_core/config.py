@@ -6,6 +6,7 @@ A constant that both twins need is typed here and imported by both, so that it c
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,20 @@ MIN_MATCHED = 20  # cells a batch needs on both sides before controls are matche
 NORMALISED_TOTAL = 1e4  # counts per cell after normalisation, where a metric or a plot normalises
 
 
+def _bounds(where: str, config: Any, low: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(f"{where}.{name} is {value!r}; a finite number of at least {low} was wanted")
+
+
+def _shares(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{where}.{name} is {value!r}; a share from 0 up to, not including, 1 was wanted")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which columns hold what, which cells are held out, which genes are used."""
@@ -54,6 +69,10 @@ class DataConfig:
     holdout_share: float = 0.0  # share of non-control conditions held out at random
     validation_share: float = 0.1
 
+    def __post_init__(self) -> None:
+        _bounds("data", self, 0, "genes", "min_counts")
+        _shares("data", self, "holdout_share", "validation_share")
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -66,6 +85,10 @@ class VAEConfig:
     dispersion: Literal["gene", "gene-tissue"] = "gene"
     beta: float = 1.0
     kl_warmup: int = 400  # steps over which beta rises linearly from 0
+
+    def __post_init__(self) -> None:
+        _bounds("vae", self, 1, "n_hidden", "n_latent")
+        _bounds("vae", self, 0, "beta", "kl_warmup")
 
 
 @dataclass(frozen=True)
@@ -90,6 +113,11 @@ class OperatorConfig:
     conditions_per_step: int = 16
     cells_per_condition: int = 128
 
+    def __post_init__(self) -> None:
+        _bounds("operator", self, 1, "n_embedding", "n_tissue_embedding", "n_theta", "n_bases", "n_hidden")
+        _bounds("operator", self, 1, "power_iterations", "conditions_per_step", "cells_per_condition")
+        _bounds("operator", self, 0, "shrinkage", "spectral_weight", "rho_max", "gene_weight", "elbo_weight")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -108,6 +136,10 @@ class StageConfig:
     steps_per_call: int = 20
     checkpoint_every: int = 100
 
+    def __post_init__(self) -> None:
+        _bounds("stage", self, 1, "batch_size", "accumulate", "evaluate_every", "steps_per_call", "checkpoint_every")
+        _bounds("stage", self, 0, "max_steps", "learning_rate", "warmup", "weight_decay", "max_norm", "patience")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -125,6 +157,9 @@ class Config:
     stage_joint: StageConfig = field(
         default_factory=lambda: StageConfig(max_steps=0, learning_rate=1e-4, evaluate_every=50)
     )
+
+    def __post_init__(self) -> None:
+        _bounds("config", self, 0, "seed")
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:
@@ -167,7 +202,13 @@ def from_dict(cls: type, table: dict[str, Any], where: str = "") -> Any:
             hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(hints)}"
             raise ConfigError(f"unknown setting {name}{hint}")
         values[key] = _checked(name, value, hints[key])
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        # A dataclass knows its kind but not where it stands: "stage.max_steps" is stage_vae.max_steps here.
+        raise ConfigError(
+            f"{where.rpartition('.')[2]}.{str(error).partition('.')[2]}" if where else str(error)
+        ) from None
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
