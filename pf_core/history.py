@@ -14,7 +14,11 @@ __all__ = ["Record", "bad_steps", "by_stage", "read_history"]
 
 @dataclass(frozen=True)
 class Record:
-    """One line of the history. `bad_steps` is a running count; `validation` and `health` exist on evaluation steps."""
+    """One line of the history.
+
+    `bad_steps` is the stage's running count; `validation` and `health` exist on evaluation steps. A record of a guard
+    event may hold nothing but `stage`, `step`, `event` and `bad_steps`.
+    """
 
     stage: str
     step: int
@@ -75,18 +79,25 @@ def read_history(path: str | Path) -> tuple[Record, ...]:
 
 
 def by_stage(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records per stage in the order of steps. After a return to a checkpoint the newer record of a step counts."""
+    """Records per stage in the order of steps, those of events alone left out.
+
+    After a return to a checkpoint the newer record of a step counts.
+    """
     stages: dict[str, dict[int, Record]] = {}
     for record in records:
-        stages.setdefault(record.stage, {})[record.step] = record
+        found = stages.setdefault(record.stage, {})
+        if not record.event or record.parts or math.isfinite(record.loss):
+            found[record.step] = record
     return {stage: [found[step] for step in sorted(found)] for stage, found in stages.items()}
 
 
 def bad_steps(records: Sequence[Record]) -> dict[str, list[tuple[int, int]]]:
-    """Per stage, (step, how many steps were newly refused there). The running count may start again at any time."""
+    """Per stage, (step of the record, how many steps were refused since the record before)."""
     found: dict[str, list[tuple[int, int]]] = {}
-    before = 0
+    before, stage = 0, ""
     for record in records:
+        if record.stage != stage:
+            before, stage = 0, record.stage
         if record.bad_steps > before:
             found.setdefault(record.stage, []).append((record.step, record.bad_steps - before))
         before = record.bad_steps

@@ -1,151 +1,32 @@
 """The figures of the run report, as inline SVG.
 
-Each figure is small, so that the page can set many side by side on a desktop and below each other on a phone without shrinking
-the text. Ink, grid and text colours are CSS variables of the page, so that one file reads in light and in dark; clouds of points
-and heat maps are raster images inside the SVG, in colours that hold on both.
+Each figure is small, so that the page can set many side by side on a desktop and below each other on a phone without
+shrinking the text. Clouds of points and heat maps are raster images inside the SVG, in colours that hold on light and
+on dark pages.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pf_core.svg import INK, MUTED, PAPER, RULE, figure, plain, set_ticks, short, svg, tick
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["cloud", "curve", "eigenvalues", "energies", "gradient_map", "profiles", "shared_limits"]
 
-# Sentinels, replaced by CSS variables once the SVG is written.
-INK, MUTED, RULE, PAPER = "#010203", "#020304", "#030405", "#fdfcfb"
-VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 # Okabe and Ito's colour-blind safe hues, a little lighter so that they also hold on a dark page.
 CONTROL, REAL, PREDICTED, MODEL = "#8d9299", "#1f7fc4", "#e0702a", "#e0702a"
 BASELINES = (("o", "#8d9299"), ("s", "#1f7fc4"), ("^", "#2a9d7c"), ("v", "#c05f9b"), ("P", "#b58900"), ("X", "#6c71c4"))
 CELLS_DRAWN = 600  # per kind and condition; more only cover each other
 BINS = 240  # of a curve
 MAP_BINS = 72  # of the gradient heat map
-
-
-@contextmanager
-def figure(width: float, height: float) -> Iterator[Figure]:
-    """An empty figure of width x height CSS pixels under fixed settings, whatever the user's matplotlibrc says."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": "pf",
-                "font.size": 9.5,
-                "axes.titlesize": 10.5,
-                "axes.titlelocation": "left",
-                "axes.titleweight": "bold",
-                "axes.labelsize": 9.5,
-                "xtick.labelsize": 9,
-                "ytick.labelsize": 9,
-                "text.color": INK,
-                "axes.titlecolor": INK,
-                "axes.labelcolor": MUTED,
-                "axes.edgecolor": RULE,
-                "xtick.color": MUTED,
-                "ytick.color": MUTED,
-                "xtick.major.size": 3,
-                "ytick.major.size": 3,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.facecolor": "none",
-                "figure.facecolor": "none",
-                "grid.color": RULE,
-                "grid.linewidth": 0.6,
-                "legend.frameon": False,
-                "legend.fontsize": 9,
-            }
-        )
-        yield Figure(figsize=(width / 72, height / 72))
-
-
-def svg(drawing: Figure, alt: str) -> str:
-    """The figure as an <svg> element: no date, no unused ids, page fonts and colours, `alt` as its accessible name."""
-    from markupsafe import escape
-
-    buffer = io.StringIO()
-    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    drawing.savefig(buffer, format="svg", dpi=160, metadata=metadata, transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in used else "", text)
-    # Ids of different figures share one page; a prefix made of the figure's own content keeps them apart.
-    prefix = f"f{_crc(text):08x}"
-    for name in sorted(used):
-        text = re.sub(rf'(id="|href="#|url\(#)({re.escape(name)})(?=["\)])', rf"\g<1>{prefix}\g<2>", text)
-    # The page's font; matplotlib writes the family it measured with.
-    text = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]*", lambda m: _font(m.group(1), m.group(2)), text)
-    for sentinel, variable in VARIABLES.items():
-        text = text.replace(sentinel, variable)
-    head, rest = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    width = float(drawing.get_figwidth() * 72)
-    opening = (
-        f'<svg {box.group(0) if box else ""} role="img" aria-label="{escape(alt)}" style="max-width:{width * 1.3:.0f}px" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return opening + re.sub(r">\s+<", "><", rest).strip()
-
-
-def _crc(text: str) -> int:
-    import zlib
-
-    return zlib.crc32(text.encode())
-
-
-def _font(weight: str | None, size: str) -> str:
-    return f"font-size: {size}px" + (f"; font-weight: {weight}" if weight else "")
-
-
-def short(text: str, length: int = 40) -> str:
-    """The text with its middle left out where it is longer than `length`."""
-    text = " ".join(text.split())
-    if len(text) <= length:
-        return _plain(text)
-    keep = length - 1
-    return _plain(text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :])
-
-
-def _plain(text: str) -> str:
-    # A dollar sign would start mathematics in matplotlib.
-    return text.replace("$", r"\$")
-
-
-def _ticks(axis: Any, log: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
-
-    if log:
-        axis.set_major_locator(LogLocator(numticks=5))
-        axis.set_minor_locator(NullLocator())
-        axis.set_minor_formatter(NullFormatter())
-    else:
-        axis.set_major_locator(MaxNLocator(4))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
-
-
-def tick(value: float) -> str:
-    """A short tick label without mathematics, which would bring its own fonts."""
-    if value and (abs(value) >= 1e5 or abs(value) < 1e-3):
-        mantissa, exponent = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else (f"{value:.0e}").split("e")
-        return f"{mantissa}e{int(exponent)}"
-    return f"{value:.4g}"
 
 
 # --- curves -------------------------------------------------------------------------------------------------------
@@ -156,7 +37,7 @@ def binned(steps: np.ndarray, values: np.ndarray, bins: int = BINS) -> tuple[np.
         return steps.astype(float), finite, finite, finite
     edges = np.linspace(0, len(steps), bins + 1).astype(int)
     out = np.full((4, bins), np.nan)
-    for i, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+    for i, (first, last) in enumerate(pairwise(edges)):
         run = values[first:last]
         run = run[np.isfinite(run)]
         out[0, i] = steps[first:last].mean()
@@ -185,8 +66,8 @@ def curve(
     steps, values = np.asarray(train[0], float), np.asarray(train[1], float)
     seen = np.empty((2, 0)) if validation is None else np.asarray(validation, float)
     log = _log_helps(values, seen[1]) if log is None else log and _log_helps(values, seen[1])
-    with figure(300, 186) as drawing:
-        axes = drawing.add_axes((0.155, 0.17, 0.82, 0.69))
+    with figure(270, 178) as drawing:
+        axes = drawing.add_axes((0.165, 0.19, 0.81, 0.66))
         axes.set_title(short(title, 38), pad=7)
         axes.grid(axis="y")
         axes.set_axisbelow(True)
@@ -194,11 +75,15 @@ def curve(
         drawn = np.isfinite(mean).any() or np.isfinite(seen[1]).any()
         if np.isfinite(mean).any():
             axes.fill_between(x, low, high, color=REAL, alpha=0.22, linewidth=0)
-            axes.plot(x, mean, color=REAL, linewidth=1.4, marker="o" if np.isfinite(mean).sum() == 1 else "", label="training")
+            axes.plot(
+                x, mean, color=REAL, linewidth=1.4, marker="o" if np.isfinite(mean).sum() == 1 else "", label="training"
+            )
         keep = np.isfinite(seen[1])
         if keep.any():
             style: dict[str, Any] = {"linewidth": 1.0, "linestyle": (0, (3, 1.5)), "marker": "o", "markersize": 3.2}
-            axes.plot(seen[0][keep], seen[1][keep], color=PREDICTED, markeredgecolor=PAPER, markeredgewidth=0.4, **style)
+            axes.plot(
+                seen[0][keep], seen[1][keep], color=PREDICTED, markeredgecolor=PAPER, markeredgewidth=0.4, **style
+            )
         if not drawn:
             axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", color=MUTED)
             axes.set_yticks([])
@@ -206,14 +91,24 @@ def curve(
             axes.set_yscale("log")
         if level is not None and drawn:
             axes.axhline(level, color=INK, linewidth=0.9, linestyle=(0, (1, 1.6)))
-            axes.annotate(level_name, (1, level), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8.5)
+            axes.annotate(
+                level_name, (1, level), (0, 2), ("axes fraction", "data"), "offset points", ha="right", fontsize=8.5
+            )
         for step in events:
             axes.axvline(step, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
         if len(bad):
-            axes.plot(bad, np.full(len(bad), 1.0), "x", color=INK, markersize=5, transform=axes.get_xaxis_transform(), clip_on=False)
-        _ticks(axes.xaxis, False)
+            axes.plot(
+                bad,
+                np.full(len(bad), 1.0),
+                "x",
+                color=INK,
+                markersize=5,
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
+            )
+        set_ticks(axes.xaxis, False)
         if drawn:
-            _ticks(axes.yaxis, log)
+            set_ticks(axes.yaxis, log)
         axes.margins(x=0.02)
         axes.set_xlabel("step", labelpad=1)
         last = mean[np.isfinite(mean)]
@@ -232,39 +127,54 @@ def energies(rows: Sequence[tuple[str, Mapping[str, float]]], model: Sequence[st
     log = _log_helps(values)
     row, top = 31, 44
     height = top + row * len(rows) + 34
-    with figure(460, height) as drawing:
+    with figure(410, height) as drawing:
         axes = drawing.add_axes((0.03, 32 / height, 0.94, 1 - (top + 32) / height))
         axes.spines["left"].set_visible(False)
         axes.set_yticks([])
         axes.grid(axis="x")
         axes.set_axisbelow(True)
-        order = list(baselines) + list(model)
+        order = [
+            method for method in (*baselines, *model) if any(math.isfinite(f.get(method, math.nan)) for _, f in rows)
+        ]
+        n_ours = sum(method in model for method in order)
         for i, (name, found) in enumerate(rows):
             finite = [value for value in found.values() if math.isfinite(value)]
             if finite:
-                axes.plot([min(finite), max(finite)], [i, i], color=RULE, linewidth=2.2, solid_capstyle="round", zorder=1)
+                axes.plot(
+                    [min(finite), max(finite)], [i, i], color=RULE, linewidth=2.2, solid_capstyle="round", zorder=1
+                )
             place = axes.get_yaxis_transform()
             missing = "" if finite else "   no finite value"
-            axes.text(0, i - 0.3, short(name, 70) + missing, transform=place, va="center", fontsize=9.5)
+            axes.text(0, i - 0.3, short(name, 70) + missing, transform=place, va="center", fontsize=10)
         for method in order:
             xs = [found.get(method, math.nan) for _, found in rows]
             ours = method in model
             marker, colour = ("D", MODEL) if ours else BASELINES[list(baselines).index(method) % len(BASELINES)]
             style: dict[str, Any] = {"markersize": 8 if ours else 6.5, "zorder": 4 if ours else 3, "linestyle": "none"}
             face = colour if ours else PAPER
-            axes.plot(xs, range(len(rows)), marker, color=colour, markerfacecolor=face, markeredgewidth=1.5, label=_plain(method), **style)
+            axes.plot(
+                xs,
+                range(len(rows)),
+                marker,
+                color=colour,
+                markerfacecolor=face,
+                markeredgewidth=1.5,
+                label=plain(method),
+                **style,
+            )
         if log:
             axes.set_xscale("log")
         if len(values):
-            _ticks(axes.xaxis, log)
+            set_ticks(axes.xaxis, log)
         axes.set_ylim(len(rows) - 0.45, -0.72)
         axes.margins(x=0.04)
-        axes.set_xlabel("energy distance to the real cells (less is better)" + (", log scale" if log else ""), labelpad=3)
+        axes.set_xlabel(
+            "energy distance to the real cells (less is better)" + (", log scale" if log else ""), labelpad=3
+        )
         handles, labels = axes.get_legend_handles_labels()
-        order = [*range(len(baselines), len(labels)), *range(len(baselines))]
         drawing.legend(
-            [handles[i] for i in order],
-            [labels[i] for i in order],
+            handles[-n_ours:] + handles[:-n_ours] if n_ours else handles,
+            labels[-n_ours:] + labels[:-n_ours] if n_ours else labels,
             loc="upper left",
             ncols=3,
             bbox_to_anchor=(0.0, 1.0),
@@ -272,7 +182,8 @@ def energies(rows: Sequence[tuple[str, Mapping[str, float]]], model: Sequence[st
             columnspacing=1.1,
             borderaxespad=0.1,
         )
-        return svg(drawing, f"Energy distance of {', '.join([*model, *baselines])} in {len(rows)} held-out conditions; values in the table")
+        alt = f"Energy distance of {', '.join(order)} in {len(rows)} held-out conditions; values in the table"
+        return svg(drawing, alt)
 
 
 def shared_limits(clouds: Sequence[np.ndarray]) -> tuple[tuple[float, float], tuple[float, float]]:
@@ -310,7 +221,9 @@ def _contour(axes: Axes, points: np.ndarray, limits: tuple[tuple[float, float], 
         return False
     x, y = np.linspace(*limits[0], 56), np.linspace(*limits[1], 56)
     grid = density(np.stack(np.meshgrid(x, y)).reshape(2, -1)).reshape(56, 56)
-    axes.contour(x, y, grid, levels=levels, colors=INK, linewidths=[0.8, 1.3], linestyles=["dashed", "solid"], alpha=0.85)
+    axes.contour(
+        x, y, grid, levels=levels, colors=INK, linewidths=[0.8, 1.3], linestyles=["dashed", "solid"], alpha=0.85
+    )
     return True
 
 
@@ -318,85 +231,111 @@ def cloud(
     name: str,
     control: np.ndarray,
     real: np.ndarray,
-    predicted: np.ndarray,
+    predicted: np.ndarray | None,
     limits: tuple[tuple[float, float], tuple[float, float]],
     labels: tuple[str, str] = ("PC 1", "PC 2"),
 ) -> str:
     """Control and real cells beside control and predicted cells, with the outline of the real cells on both."""
-    real_drawn = _thin(real)
-    with figure(360, 206) as drawing:
-        for i, (title, points, colour) in enumerate((("real", real_drawn, REAL), ("predicted", _thin(predicted), PREDICTED))):
-            axes = drawing.add_axes((0.075 + 0.475 * i, 0.115, 0.435, 0.75))
+    real, moved = _finite(real), _finite(np.empty((0, 2)) if predicted is None else predicted)
+    drawn = _thin(real)
+    with figure(360, 202) as drawing:
+        for i, (title, points, colour) in enumerate((("real", real, REAL), ("predicted", moved, PREDICTED))):
+            axes = drawing.add_axes((0.07 + 0.48 * i, 0.117, 0.44, 0.7842))
             for side in ("top", "right"):
                 axes.spines[side].set_visible(True)
             style: dict[str, Any] = {"linestyle": "none", "rasterized": True, "markeredgewidth": 0}
             axes.plot(*_thin(control).T, marker="o", markersize=2.4, color=CONTROL, alpha=0.55, **style)
-            axes.plot(*points.T, marker="o", markersize=3.0, color=colour, alpha=0.75, **style)
+            axes.plot(
+                *(drawn if i == 0 else _thin(points)).T, marker="o", markersize=3.0, color=colour, alpha=0.75, **style
+            )
             axes.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
-            _contour(axes, real_drawn, limits)
-            axes.set_title(f"{title} ({len(_finite((real, predicted)[i])):,})", fontsize=9.5, color=INK, fontweight="normal", pad=4)
-            axes.set_xlabel(labels[0], labelpad=3, fontsize=8.5)
+            _contour(axes, drawn, limits)
+            count = f"{len(points):,} cells" if len(points) else "no cells"
+            axes.set_title(f"{title}, {count}", fontsize=11, color=INK, fontweight="normal", pad=4)
+            axes.set_xlabel(labels[0], labelpad=3, fontsize=10)
             if i == 0:
-                axes.set_ylabel(labels[1], labelpad=3, fontsize=8.5)
-        centre = [np.round(_finite(points).mean(0), 2) if len(_finite(points)) else "none" for points in (control, real, predicted)]
-        alt = f"{name}: first two principal components. Centres: control {centre[0]}, real {centre[1]}, predicted {centre[2]}"
-        return svg(drawing, alt)
+                axes.set_ylabel(labels[1], labelpad=3, fontsize=10)
+        centre = [np.round(points.mean(0), 2) if len(points) else "none" for points in (_finite(control), real, moved)]
+        named = ", ".join(f"{kind} {at}" for kind, at in zip(("control", "real", "predicted"), centre, strict=True))
+        return svg(drawing, f"{name}: first two principal components. Centres: {named}")
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
 def profiles(names: Sequence[str], alpha: np.ndarray, beta: np.ndarray) -> str:
     """Response profiles as a heat map: a row per condition, a column per basis, alpha left and beta right."""
     row = 17 if len(names) <= 30 else 13
-    height = 58 + row * len(names)
+    height = 76 + row * len(names)
     finite = [values[np.isfinite(values)] for values in (alpha, beta)]
     with figure(520, height) as drawing:
         bottom, span = 42 / height, row * len(names) / height
-        for i, (title, values, found) in enumerate((("α", alpha, finite[0]), ("β", beta, finite[1]))):
-            axes = drawing.add_axes((0.40 + 0.305 * i, bottom, 0.29, span))
+        for i, (title, values, found) in enumerate((("α, linear", alpha, finite[0]), ("β, shift", beta, finite[1]))):
+            left = 0.40 + 0.31 * i
+            axes = drawing.add_axes((left, bottom, 0.28, span))
+            axes.set_title(title, pad=4)
             limit = float(np.abs(found).max()) if len(found) and np.abs(found).max() > 0 else 1.0
             image = axes.imshow(values, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            axes.set_xticks(range(values.shape[1]), [str(k + 1) for k in range(values.shape[1])], fontsize=8 if values.shape[1] <= 12 else 6)
+            axes.set_xticks(
+                range(values.shape[1]),
+                [str(k + 1) for k in range(values.shape[1])],
+                fontsize=8 if values.shape[1] <= 12 else 6,
+            )
             axes.xaxis.tick_top()
             axes.tick_params(length=0, pad=2)
             labels = [short(name, 36) for name in names] if i == 0 else []
             axes.set_yticks(range(len(labels)), labels, fontsize=9 if row == 17 else 8)
             for side in axes.spines.values():
                 side.set_visible(False)
-            bar = drawing.add_axes((0.40 + 0.305 * i, 20 / height, 0.29, 8 / height))
+            bar = drawing.add_axes((left + 0.03, 22 / height, 0.22, 8 / height))
             drawing.colorbar(image, cax=bar, orientation="horizontal", ticks=[-limit, 0, limit])
             bar.set_xticklabels([tick(float(f"{value:.2g}")) for value in (-limit, 0, limit)], fontsize=8)
             bar.tick_params(length=0, pad=1)
-            bar.set_ylabel(title, rotation=0, ha="right", va="center", fontsize=10, color=INK, labelpad=4)
             for side in bar.spines.values():
                 side.set_visible(False)
         return svg(drawing, f"Response profiles of {len(names)} conditions: coefficients alpha and beta of every basis")
 
 
-def eigenvalues(title: str, values: np.ndarray, rho_max: float, limits: tuple[float, float, float, float] | None = None) -> str:
+def eigenvalues(
+    title: str, values: np.ndarray, rho_max: float, limits: tuple[float, float, float, float] | None = None
+) -> str:
     """Eigenvalues in the complex plane with the unit circle and the circle of radius rho_max."""
     values = np.asarray(values, complex)
     values = values[np.isfinite(values)]
     reach = 1.08 * max([1.0, rho_max, *np.abs(values).tolist()])
     x0, x1, y0, y1 = limits or (-reach, reach, -reach, reach)
-    with figure(210, 222) as drawing:
-        axes = drawing.add_axes((0.15, 0.115, 0.82, 0.776))
+    with figure(210, 204) as drawing:
+        axes = drawing.add_axes((0.15, 0.115, 0.82, 0.844))
         angle = np.linspace(0, 2 * np.pi, 721)
         axes.plot(np.cos(angle), np.sin(angle), color=INK, linewidth=1.0)
-        axes.plot(rho_max * np.cos(angle), rho_max * np.sin(angle), color=PREDICTED, linewidth=1.0, linestyle=(0, (3, 2)))
+        axes.plot(
+            rho_max * np.cos(angle), rho_max * np.sin(angle), color=PREDICTED, linewidth=1.0, linestyle=(0, (3, 2))
+        )
         axes.axhline(0, color=RULE, linewidth=0.6)
         axes.axvline(0, color=RULE, linewidth=0.6)
         inside = np.abs(values) <= 1
         for mask, marker, colour in ((inside, "o", REAL), (~inside, "D", PREDICTED)):
             size = 4.2 if len(values) < 200 else 3
-            style: dict[str, Any] = {"linestyle": "none", "markersize": size, "markeredgewidth": 0.5, "markeredgecolor": PAPER, "alpha": 0.85}
-            axes.plot(values[mask].real, values[mask].imag, marker=marker, color=colour, rasterized=len(values) > 200, **style)
+            style: dict[str, Any] = {
+                "linestyle": "none",
+                "markersize": size,
+                "markeredgewidth": 0.5,
+                "markeredgecolor": PAPER,
+                "alpha": 0.85,
+            }
+            axes.plot(
+                np.real(values[mask]),
+                np.imag(values[mask]),
+                marker=marker,
+                color=colour,
+                rasterized=len(values) > 200,
+                **style,
+            )
         axes.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
-        axes.set_title(short(title, 32), fontsize=9, pad=5, fontweight="normal")
-        _ticks(axes.xaxis, False)
-        _ticks(axes.yaxis, False)
-        axes.tick_params(labelsize=8)
+        set_ticks(axes.xaxis, False)
+        set_ticks(axes.yaxis, False)
+        axes.tick_params(labelsize=8.5)
         most = float(np.abs(values).max()) if len(values) else math.nan
-        return svg(drawing, f"{title}: {len(values)} eigenvalues, {int((~inside).sum())} outside the unit circle, largest modulus {most:.3f}")
+        outside = f"{int((~inside).sum())} outside the unit circle, largest modulus {most:.3f}"
+        return svg(drawing, f"{title}: {len(values)} eigenvalues, {outside}")
 
 
 # --- gradients ----------------------------------------------------------------------------------------------------
@@ -407,7 +346,7 @@ def gradient_map(steps: np.ndarray, norms: Mapping[str, np.ndarray]) -> str:
     names = list(norms)
     table = np.array([norms[name] for name in names], float).reshape(len(names), len(steps))
     edges = np.unique(np.linspace(0, len(steps), min(MAP_BINS, len(steps)) + 1).astype(int))
-    bins = list(zip(edges[:-1], edges[1:], strict=True))
+    bins = list(pairwise(edges))
     value = np.full((len(names), len(bins)), np.nan)
     broken = np.zeros(value.shape, bool)
     for j, (first, last) in enumerate(bins):
@@ -425,7 +364,9 @@ def gradient_map(steps: np.ndarray, norms: Mapping[str, np.ndarray]) -> str:
         zero = np.where(value == 0, 1.0, np.nan)
         extent = (-0.5, len(bins) - 0.5, len(names) - 0.5, -0.5)
         style: dict[str, Any] = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
-        image = axes.imshow(np.where(value > 0, value, np.nan), norm=LogNorm(low, high, clip=True), cmap="viridis", **style)
+        image = axes.imshow(
+            np.where(value > 0, value, np.nan), norm=LogNorm(low, high, clip=True), cmap="viridis", **style
+        )
         axes.imshow(zero, cmap="Greys", vmin=0, vmax=2, **style)
         at = np.argwhere(broken)
         axes.plot(at[:, 1], at[:, 0], "x", color="#d1242f", markersize=4.5, markeredgewidth=1.3)
@@ -439,9 +380,10 @@ def gradient_map(steps: np.ndarray, norms: Mapping[str, np.ndarray]) -> str:
             side.set_visible(False)
         bar = drawing.add_axes((0.36, 18 / height, 0.62, 7 / height))
         drawing.colorbar(image, cax=bar, orientation="horizontal")
-        _ticks(bar.xaxis, True)
+        set_ticks(bar.xaxis, True)
         bar.tick_params(length=0, labelsize=8, pad=1)
         bar.set_ylabel("norm, log scale", rotation=0, ha="right", va="center", fontsize=8.5, labelpad=6)
         for side in bar.spines.values():
             side.set_visible(False)
-        return svg(drawing, f"Gradient norms of {len(names)} parameters over {len(steps)} recorded steps, from {tick(low)} to {tick(high)}")
+        span = f"from {tick(low)} to {tick(high)}"
+        return svg(drawing, f"Gradient norms of {len(names)} parameters over {len(steps)} recorded steps, {span}")

@@ -49,18 +49,30 @@ __all__ = [
 ]
 
 STAGES = {"vae": "Stage 1, latent model", "operator": "Stage 2, operators", "joint": "Stage 3, joint"}
+PARTS = {
+    "nll": "negative log-likelihood (nats)",
+    "kl": "KL divergence (nats)",
+    "energy": "energy distance, latent",
+    "gene_energy": "energy distance, decoded profiles",
+    "spectral": "spectral penalty",
+    "shrinkage": "shrinkage, |A − I|² weighted",
+    "sigma_max": "largest operator norm",
+}
 PROFILE_ROWS = 60  # conditions in the heat map of response profiles
 ROWS_OPEN = 24  # rows of a table that stand open; a longer one is folded
 
 
 @dataclass(frozen=True)
 class HeldOutCells:
-    """Cells of one held-out condition on the first two principal components, each (n, 2)."""
+    """Cells of one held-out condition on the first two principal components, each (n, 2).
+
+    `predicted` is None where the model declined.
+    """
 
     condition: Condition
     control: np.ndarray
     real: np.ndarray
-    predicted: np.ndarray
+    predicted: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -94,8 +106,8 @@ class DataSummary:
 class Audit:
     """Held-out cells looked up among the training and validation cells, by name and by content.
 
-    `trivial` counts the held-out cells with too few counts for equal content to mean anything; `shared_trivial` those of
-    them that do have a twin.
+    `trivial` counts the held-out cells with too few counts for equal content to mean anything; `shared_trivial` those
+    of them that do have a twin.
     """
 
     n_seen: int
@@ -142,7 +154,7 @@ class Report:
 
 
 def write_report(path: str | Path, payload: Report) -> None:
-    """Write the report as one HTML file, by way of a temporary file beside it, so that a reader never sees half of it."""
+    """Write the report as one HTML file, by way of a temporary one beside it: a reader never sees half of it."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -158,7 +170,11 @@ def render(payload: Report) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("pf_core", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=PackageLoader("pf_core", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     # Figures are the only text that is not escaped: plots.py made them and escaped what came from outside.
     environment.filters |= {"number": number, "figure": Markup}
@@ -193,7 +209,8 @@ def _judgement(payload: Report) -> dict[str, Any]:
         "verdict": verdict,
         "metrics": metrics,
         "groups": [
-            (condition, rows, {metric.key: best(rows, metric) for metric in metrics}) for condition, rows in groups.items()
+            (condition, rows, {metric.key: best(rows, metric) for metric in metrics})
+            for condition, rows in groups.items()
         ],
         "figure": plots.energies(found, ours, others) if groups else "",
         "shown": len(shown),
@@ -204,7 +221,9 @@ def _judgement(payload: Report) -> dict[str, Any]:
 def _clouds(payload: Report) -> dict[str, Any]:
     kept = set(largest([one.condition for one in payload.cells]))
     shown = [one for one in payload.cells if one.condition in kept]
-    limits = plots.shared_limits([points for one in shown for points in (one.control, one.real, one.predicted)])
+    limits = plots.shared_limits(
+        [points for one in shown for points in (one.control, one.real, one.predicted) if points is not None]
+    )
     share = payload.explained
     labels = (f"PC 1 ({share[0]:.0%} of variance)", f"PC 2 ({share[1]:.0%})") if share else ("PC 1", "PC 2")
     figures = [
@@ -242,6 +261,8 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
     refused = bad_steps(payload.history)
     stages = []
     for stage, records in by_stage(payload.history).items():
+        if not records:
+            continue
         events = [(record.step, record.event) for record in payload.history if record.stage == stage and record.event]
         marks: dict[str, Any] = {
             "events": [step for step, _ in events],
@@ -262,11 +283,13 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
                 train = _series(records, lambda record, name=name: record.parts.get(name))
                 validation = _series(records, lambda record, name=name: record.validation.get(name))
                 bound = {"level": payload.config.operator.rho_max, "level_name": "ρ max"} if name == "sigma_max" else {}
-                figures.append(plots.curve(name, train, validation, **bound))
+                figures.append(plots.curve(PARTS.get(name, name), train, validation, **bound))
         figures.append(plots.curve("learning rate", _series(records, lambda record: record.lr), log=False))
         limit = getattr(getattr(payload.config, f"stage_{stage}", None), "max_norm", None)
         clip = {} if limit is None else {"level": limit, "level_name": "clipped above"}
-        norms = plots.curve("gradient norm, all parameters", _series(records, lambda record: record.grad_norm), **marks, **clip)
+        norms = plots.curve(
+            "gradient norm, all parameters", _series(records, lambda record: record.grad_norm), **marks, **clip
+        )
         stages.append(
             {
                 "title": STAGES.get(stage, stage),
@@ -274,7 +297,6 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
                 "figures": figures,
                 "events": events,
                 "refused": sum(count for _, count in refused.get(stage, [])),
-                "refused_at": [step for step, _ in refused.get(stage, [])],
                 "gradients": [norms, *_gradient_map(records)],
                 "health": _health(records),
             }
@@ -334,8 +356,8 @@ def _operators(payload: Report) -> dict[str, Any] | None:
     every = np.concatenate([row["eigenvalues"] for row in rows])
     finite = every[np.isfinite(every)]
     limits = _window(finite) if len(finite) else None
-    figures = [plots.eigenvalues("all conditions", every, rho_max)]
-    figures += [plots.eigenvalues(names[i], rows[i]["eigenvalues"], rho_max, limits) for i in spectra]
+    figures = [("all conditions", plots.eigenvalues("all conditions", every, rho_max))]
+    figures += [(names[i], plots.eigenvalues(names[i], rows[i]["eigenvalues"], rho_max, limits)) for i in spectra]
     return {
         "profile": profile,
         "profile_rows": len(kept),
@@ -363,7 +385,7 @@ def _measures(operator: Operator) -> dict[str, Any]:
 
 def _window(values: np.ndarray) -> tuple[float, float, float, float]:
     """A square view of the complex plane that holds all eigenvalues and the point 1."""
-    points = np.append(values, 1.0)
-    half = 0.56 * max(float(np.ptp(points.real)), float(np.ptp(points.imag)), 0.1)
-    x, y = (points.real.min() + points.real.max()) / 2, (points.imag.min() + points.imag.max()) / 2
+    real, imaginary = np.append(np.real(values), 1.0), np.append(np.imag(values), 0.0)
+    half = 0.56 * max(float(np.ptp(real)), float(np.ptp(imaginary)), 0.1)
+    x, y = (real.min() + real.max()) / 2, (imaginary.min() + imaginary.max()) / 2
     return float(x - half), float(x + half), float(y - half), float(y + half)

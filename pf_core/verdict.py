@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 __all__ = ["METRICS", "Condition", "MetricRow", "Verdict", "judge", "metrics_json", "number", "print_metrics"]
 
-DECIDING_METRIC = "energy_pca_u"  # the unbiased estimator: its expectation does not depend on how many cells a group has
+DECIDING_METRIC = (
+    "energy_pca_u"  # the unbiased estimator: its expectation does not depend on how many cells a group has
+)
 SHOWN = 12  # conditions on the screen and in small multiples; all of them are in metrics.json
 
 
@@ -56,8 +58,8 @@ class Condition:
 class MetricRow:
     """One method judged on one held-out condition.
 
-    `kind` is "model" (at most one row per condition), "baseline" (a simple answer to be beaten) or "reference" (shown for
-    scale and never compared, for example a second draw of real cells). `declined` says why a method gives no answer here.
+    `kind` is "model" (at most one row per condition), "baseline" (a simple answer to be beaten) or "reference" (shown
+    for scale and never compared, for example a second draw of real cells). `declined` says why there is no answer.
     """
 
     condition: Condition
@@ -198,18 +200,26 @@ def _sentence(comparisons: Sequence[Comparison]) -> tuple[Literal["yes", "mixed"
     left = len(comparisons) - len(judged)
     tail = f" {left} of {len(comparisons)} conditions could not be judged." if left else ""
     if not judged:
-        return "unknown", "No held-out condition could be judged: the model or every simple answer lacks a finite value."
+        return (
+            "unknown",
+            "No held-out condition could be judged: the model or every simple answer lacks a finite value.",
+        )
     lost = [comparison for comparison in judged if comparison.outcome == "worse"]
     n = len(judged)
     where = f"in the held-out condition {judged[0].condition.name}" if n == 1 else f"in all {n} held-out conditions"
     if not lost:
         return "yes", f"The model beats every simple answer {where}.{tail}"
     if len(lost) == n:
-        where = f"in the held-out condition {judged[0].condition.name}" if n == 1 else f"in any of the {n} held-out conditions"
+        where = (
+            f"in the held-out condition {judged[0].condition.name}"
+            if n == 1
+            else f"in any of the {n} held-out conditions"
+        )
         return "no", f"The model does not beat the simple answers {where}.{tail}"
     named = [f"{comparison.condition.name} (to {comparison.lost_to[0]})" for comparison in lost]
     listed = "; ".join(named[:3]) + (f"; and {len(named) - 3} more" if len(named) > 3 else "")
-    return "mixed", f"The model beats every simple answer in {n - len(lost)} of {n} held-out conditions. It loses in {listed}.{tail}"
+    won = f"The model beats every simple answer in {n - len(lost)} of {n} held-out conditions."
+    return "mixed", f"{won} It loses in {listed}.{tail}"
 
 
 def _json(value: Any) -> Any:
@@ -273,7 +283,9 @@ def print_metrics(console: Console, rows: Sequence[MetricRow]) -> None:
         console.print(table)
         if len(shown) < len(groups):
             console.print(f"The {len(shown)} largest of {len(groups)} conditions are shown; metrics.json has all.")
-        console.print("* best of the condition. Energy distances and MSE: less is better; Pearson and R2: more is better.")
+        console.print(
+            "* best of the condition. Energy distances and MSE: less is better; Pearson and R2: more is better."
+        )
     console.print(Text(verdict.sentence, style="bold"))
     for one in verdict.against:
         console.print(
