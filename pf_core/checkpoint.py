@@ -44,7 +44,7 @@ def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Write arrays as safetensors, atomically, and return the SHA-256."""
     from safetensors.numpy import save
 
-    return write_atomic(path, save({name: np.ascontiguousarray(array) for name, array in sorted(arrays.items())}))
+    return write_atomic(path, save({name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}))
 
 
 def load_arrays(path: Path, sha256: str | None = None) -> dict[str, np.ndarray]:

@@ -1,105 +1,214 @@
-"""Cells, genes, conditions and their controls: an h5ad, a zarr store or an AnnData becomes a Dataset.
+"""Reading a data set: an h5ad, a zarr store or an AnnData becomes a Dataset, or one line that says why not.
 
-Interface skeleton: the signatures are final, the bodies follow.
+How odd values are treated, in one place:
+
+- a cell without a perturbation is left out and counted; a missing tissue, cell type or batch is a context of its own,
+  UNKNOWN (labels.py says what counts as missing);
+- a tissue, cell type or batch column at its default name may be absent and is then "all" for every cell; under
+  another name it was asked for and must exist;
+- covariates and doses must be finite numbers, nothing is imputed;
+- counts become float32 CSR with sorted columns and no stored zeros, whatever they were stored as.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pf_core.backed import BackedCounts, Stored
 from pf_core.config import DataConfig
-from pf_core.counts import DataError
+from pf_core.counts import from_matrix
+from pf_core.dataset import Dataset, Group, groups, totals_of, unique_names
+from pf_core.errors import DataError, nearest
+from pf_core.h5ad import matrix_name, read_h5ad
+from pf_core.labels import codes, condition_label, parse_condition, texts, vocabulary
 
-__all__ = ["UNKNOWN", "DataError", "Dataset", "Group", "groups", "load"]
+__all__ = ["DataError", "Dataset", "Group", "groups", "load"]
 
-UNKNOWN = "<unknown>"  # index 0 of every vocabulary, and the label of a missing tissue, cell type or batch
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Counts and what was done to every cell. All rows are in the order of the source.
-
-    Label arrays (cells, genes, label, tissue, cell_type, batch) are object arrays of str, so that a million cells
-    share one string per level.
-    """
-
-    counts: Any  # (n_cells, n_genes) float32 CSR, or h5ad.BackedCounts with .shape and .rows(indices)
-    totals: np.ndarray  # (n_cells,) float64 counts per cell over the genes held here
-    cells: np.ndarray  # (n_cells,) str, unique
-    genes: np.ndarray  # (n_genes,) str, unique
-    perturbations: tuple[str, ...]  # vocabulary of single members, UNKNOWN first, then sorted; no control
-    members: np.ndarray  # (n_cells, n_members) int32 into perturbations; 0 with dose 0 is padding
-    doses: np.ndarray  # (n_cells, n_members) float32
-    label: np.ndarray  # (n_cells,) "control", "A", "A+B", "A@0.5+B"
-    is_control: np.ndarray  # (n_cells,) bool
-    tissue: np.ndarray  # (n_cells,) str; "all" where there is no such column
-    cell_type: np.ndarray  # (n_cells,) str
-    batch: np.ndarray  # (n_cells,) str
-    covariates: np.ndarray  # (n_cells, n_covariates) float32
-    tissues: tuple[str, ...]  # vocabulary, UNKNOWN first
-    batches: tuple[str, ...]  # vocabulary, UNKNOWN first
-    obs: Any  # pandas.DataFrame, one row per cell held here
-    config: DataConfig
-    summary: dict[str, Any] = field(default_factory=dict)  # what was read, left out, missing
-
-    @property
-    def n_cells(self) -> int: ...
-    @property
-    def n_genes(self) -> int: ...
-    def rows(self, indices: np.ndarray) -> Any:
-        """Counts of some cells as CSR float32, in the order asked for (repeats allowed)."""
-
-    def dense(self, indices: np.ndarray, dtype: str = "float32") -> np.ndarray:
-        """Counts of some cells as a dense (n, n_genes) array."""
-        raise NotImplementedError
-
-    def library(self) -> np.ndarray:
-        """(n_cells,) float64 counts per cell over the genes held here, at least 1."""
-        raise NotImplementedError
-
-    def select_genes(self, names: Any) -> Dataset:
-        """The same cells with only these genes, in this order."""
-        raise NotImplementedError
-
-    def blocks(self, cells: np.ndarray | None = None) -> Any:
-        """Yield (indices, CSR rows) over all or some cells, block by block."""
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        """sha256 over gene names, cell names and counts; the same for memory and backed, any storage dtype."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Group:
-    """Cells of one condition in one context, and the control cells they are compared with."""
-
-    label: str
-    members: np.ndarray  # (n_members,) int32
-    doses: np.ndarray  # (n_members,) float32
-    tissue: str
-    cell_type: str
-    batch: str  # "" where batches are pooled
-    cells: np.ndarray  # indices into the dataset, sorted
-    controls: np.ndarray  # indices into the dataset, sorted
-    covariates: np.ndarray  # (n_covariates,) float32 mean over cells
+Read = tuple[Any, np.ndarray, Any, dict[str, Any]]  # obs, gene names, counts, first entries of the summary
 
 
 def load(source: str | Path | Any, config: DataConfig, *, backed: bool = False, training: bool = True) -> Dataset:
-    """Read and check a data set. training=False admits files of only controls, or without controls."""
-    raise NotImplementedError
+    """Read and check a data set.
 
+    Args:
+        source: path of an h5ad or a zarr store, or an AnnData. Counts of an AnnData that are canonical float32 CSR
+            are shared with it, not copied.
+        config: which columns hold what.
+        backed: leave the counts of an h5ad on disk; they are read through once, to check and to sum them.
+        training: False admits one condition, no controls and cells without counts, for a model that is trained.
 
-def groups(
-    dataset: Dataset, cells: np.ndarray, *, controls: np.ndarray | None = None, include_control: bool = False
-) -> list[Group]:
-    """Groups per (label, tissue, cell_type), split by batch where both sides have MIN_MATCHED cells in it.
-
-    controls: indices the controls are taken from; None takes the control cells among `cells`, so that training
-    cells are never compared with held-out ones by accident.
+    Raises:
+        DataError: whatever makes the data unusable, with the remedy, in one line.
     """
-    raise NotImplementedError
+    obs, gene_names, counts, summary = _read(source, config.layer, backed)
+    if not all(counts.shape):
+        raise DataError(f"the matrix has {counts.shape[0]} cells and {counts.shape[1]} genes; some were wanted")
+    cells, genes = unique_names(obs.index, "cell"), unique_names(gene_names, "gene")
+    conditions, unlabelled = texts(_column(obs, config.perturbation, "perturbation"), config.perturbation, missing="")
+    totals = totals_of(counts)
+    labelled = conditions != ""
+    keep = labelled & (totals >= config.min_counts)
+    n_empty = int((totals[keep] == 0).sum())
+    if n_empty and training:
+        raise DataError(f"{n_empty} of {len(cells)} cells have no counts; leave them out with min_counts=1")
+    if not keep.any():
+        raise DataError(
+            f"no cell is left: {unlabelled} of {len(cells)} have no {config.perturbation!r} and the others have fewer "
+            f"than {config.min_counts} counts; lower min_counts or name another column"
+        )
+    summary |= {"cells_read": len(cells), "genes_read": len(genes), "empty_cells": n_empty}
+    dropped = {"no perturbation": unlabelled, "fewer than min_counts": int((labelled & ~keep).sum())}
+    summary["dropped"] = {reason: n for reason, n in dropped.items() if n}
+    if not keep.all():
+        chosen = np.flatnonzero(keep)
+        counts = counts.select(rows=chosen) if isinstance(counts, BackedCounts) else counts[chosen]
+        obs, cells, totals, conditions = obs.iloc[chosen], cells[chosen], totals[chosen], conditions[chosen]
+    perturbations, members, doses, label = _conditions(obs, conditions, config)
+    contexts = {role: _context(obs, role, config, summary) for role in ("tissue", "cell_type", "batch")}
+    dataset = Dataset(
+        counts=counts,
+        totals=totals,
+        cells=cells,
+        genes=genes,
+        perturbations=perturbations,
+        members=members,
+        doses=doses,
+        label=label,
+        is_control=~doses.any(axis=1),
+        covariates=_covariates(obs, config),
+        tissues=vocabulary(contexts["tissue"]),
+        batches=vocabulary(contexts["batch"]),
+        obs=obs,
+        config=config,
+        summary=summary,
+        **contexts,
+    )
+    if training:
+        _check_trainable(dataset)
+    return dataset
+
+
+def _check_trainable(dataset: Dataset) -> None:
+    config = dataset.config
+    labels, sizes = np.unique(dataset.label, return_counts=True)
+    if not dataset.is_control.any():
+        common = ", ".join(repr(label) for label in labels[np.argsort(-sizes)][:8])
+        raise DataError(
+            f"there are no control cells ({' or '.join(config.control)}) in {config.perturbation!r}, only {common}; "
+            "name the label of unperturbed cells with the setting control"
+        )
+    if len(labels) == 1:
+        raise DataError(f"{config.perturbation!r} holds a single condition, {labels[0]!r}; add perturbed cells")
+    groups(dataset, np.arange(dataset.n_cells))  # raises where a context has no controls
+
+
+# --- where it comes from ---------------------------------------------------------------------------------------------
+def _read(source: Any, layer: str, backed: bool) -> Read:
+    if not isinstance(source, str | Path):
+        return _from_anndata(source, layer, backed)
+    path = Path(source)
+    if path.suffix == ".zarr":
+        if backed:
+            raise DataError(f"{path} is a zarr store, and only an h5ad can stay on disk; load it with backed=False")
+        return _from_anndata(_read_zarr(path), layer, backed)
+    obs, genes, stored, skipped = read_h5ad(path, layer)
+    counts = BackedCounts(stored) if backed else _whole(stored)
+    return obs, genes, counts, {"matrix": stored.name, "columns_not_understood": skipped}
+
+
+def _whole(stored: Stored) -> Any:
+    try:
+        return stored.to_memory()
+    finally:
+        stored.close()
+
+
+def _from_anndata(adata: Any, layer: str, backed: bool) -> Read:
+    if not all(hasattr(adata, name) for name in ("obs", "var_names", "layers", "isbacked")):
+        raise DataError(f"source is a {type(adata).__name__}; the path of an h5ad, or an AnnData, was wanted")
+    name = matrix_name(list(adata.layers), adata.isbacked or adata.X is not None, layer)
+    if name == "X" and adata.isbacked:
+        if adata.is_view:
+            raise DataError("source is a view of a backed AnnData; give its .to_memory(), or write it to a file")
+        _, _, stored, _ = read_h5ad(adata.filename, "X")
+        counts = BackedCounts(stored) if backed else _whole(stored)
+    elif backed:
+        raise DataError("source is an AnnData in memory; give the path of an h5ad, or backed=False")
+    else:
+        counts = from_matrix(adata.X if name == "X" else adata.layers[name.removeprefix("layers/")], name)
+    shape = (len(adata.obs), len(adata.var_names))
+    if counts.shape != shape:
+        raise DataError(f"{name} has shape {counts.shape} but obs and var have {shape}; build the AnnData again")
+    return adata.obs, np.asarray(adata.var_names, dtype=object), counts, {"matrix": name, "columns_not_understood": []}
+
+
+def _read_zarr(path: Path) -> Any:
+    """A zarr store through anndata, if it names no codec that runs code."""
+    if not path.is_dir():
+        raise DataError(f"{path} is no folder; {nearest(path.name, (item.name for item in path.parent.glob('*.zarr')))}")
+    for meta in (*path.rglob(".zarray"), *path.rglob("zarr.json"), *path.rglob(".zmetadata")):
+        if "pickle" in meta.read_text(errors="replace"):
+            raise DataError(f"{meta} names a pickle codec, which can run code; write the store again with anndata")
+    import anndata
+
+    try:
+        return anndata.read_zarr(path)
+    except Exception as error:  # zarr and its codecs raise what they like; all of it means the same here
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is damaged or no zarr store of anndata ({line}); write it again") from error
+
+
+# --- what its columns say --------------------------------------------------------------------------------------------
+def _column(obs: Any, name: str, role: str) -> Any:
+    if name not in obs.columns:
+        raise DataError(f"obs has no column {name!r}; {nearest(name, obs.columns)} (setting {role})")
+    column = obs[name]
+    if column.ndim != 1:
+        raise DataError(f"obs has {column.shape[1]} columns named {name!r}; rename all but one")
+    return column
+
+
+def _context(obs: Any, role: str, config: DataConfig, summary: dict[str, Any]) -> np.ndarray:
+    """(n_cells,) labels of the tissue, cell type or batch."""
+    name = getattr(config, role)
+    if not name or (name == getattr(DataConfig(), role) and name not in obs.columns):
+        return np.full(len(obs), "all", dtype=object)
+    values, summary[f"without_{role}"] = texts(_column(obs, name, role), name)
+    return values
+
+
+def _conditions(
+    obs: Any, conditions: np.ndarray, config: DataConfig
+) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
+    """Vocabulary, members, doses and labels; every distinct pair of condition and dose is parsed once."""
+    if config.dose:
+        amounts, _ = texts(_column(obs, config.dose, "dose"), config.dose, missing="nan")
+    else:
+        amounts = np.full(len(obs), "1", dtype=object)
+    pairs = list(zip(conditions.tolist(), amounts.tolist(), strict=True))
+    position = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
+    index = np.fromiter((position[pair] for pair in pairs), dtype=np.int64, count=len(pairs))
+    parsed = [parse_condition(condition, config, dose) for condition, dose in position]
+    names = vocabulary([name for pairs in parsed for name, _ in pairs])
+    width = max(1, max(len(pairs) for pairs in parsed))
+    members, doses = np.zeros((len(parsed), width), np.int32), np.zeros((len(parsed), width), np.float32)
+    for row, found in enumerate(parsed):
+        members[row, : len(found)] = codes([name for name, _ in found], names)
+        doses[row, : len(found)] = [dose for _, dose in found]
+    label = np.array([condition_label(found) for found in parsed], dtype=object)
+    return names, members[index], doses[index], label[index]
+
+
+def _covariates(obs: Any, config: DataConfig) -> np.ndarray:
+    import pandas as pd
+
+    columns = np.zeros((len(obs), len(config.covariates)), np.float32)
+    for place, name in enumerate(config.covariates):
+        column = _column(obs, name, "covariates").astype(object)
+        columns[:, place] = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)
+        if n_bad := int((~np.isfinite(columns[:, place])).sum()):
+            raise DataError(f"covariate {name!r} has {n_bad} values that are no finite number; leave out these cells or it")
+    return columns

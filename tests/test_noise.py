@@ -20,7 +20,7 @@ def test_float32_noise_is_float64_noise_rounded():
 
 
 def test_streams_of_neighbouring_indices_do_not_overlap():
-    first, second = noise.normal(0, "x", 0, (100_000,)), noise.normal(0, "x", 1, (100_000,))
+    first, second = (noise.normal(0, "x", index, (100_000,), "float64") for index in (0, 1))
     assert not np.isin(first[:1000], second).any()
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.02
 
