@@ -16,7 +16,7 @@ where every context counts once and 2.0 where every cell does.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,30 +33,21 @@ Context = tuple[str, str]  # tissue, cell type
 class Task:
     """One condition to be predicted from the control cells of its context.
 
-    label is the canonical condition label, members and doses have one entry per perturbation in it; counts
-    (n_controls, n_genes) CSR and library (n_controls,) are those of the control cells. batch ("" where pooled) and
-    covariates (n_covariates,) are for models that use them.
+    members are the names of the perturbations in it, singles the labels that their conditions have when each is given
+    alone (with its dose: "A@0.5"); counts (n_controls, n_genes) CSR and library (n_controls,) are the control cells'.
     """
 
     label: str
-    members: tuple[str, ...]
-    doses: tuple[float, ...]
     tissue: str
     cell_type: str
+    members: tuple[str, ...]
+    singles: tuple[str, ...]
     counts: Csr
     library: np.ndarray
-    batch: str = ""
-    covariates: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     @property
     def context(self) -> Context:
         return self.tissue, self.cell_type
-
-    @property
-    def singles(self) -> tuple[str, ...]:
-        """The label of each member's condition when it is given alone, at the same dose."""
-        pairs = zip(self.members, self.doses, strict=True)
-        return tuple(name if dose == 1 else f"{name}@{dose:g}" for name, dose in pairs)
 
 
 @dataclass(frozen=True)
@@ -102,9 +93,9 @@ class Shift:
 
 def profiles(
     values: Csr | Callable[[slice], Csr | np.ndarray],
-    label: Sequence[str],
-    tissue: Sequence[str],
-    cell_type: Sequence[str],
+    label: Iterable[str],
+    tissue: Iterable[str],
+    cell_type: Iterable[str],
     *,
     library: np.ndarray | None = None,
 ) -> list[Profile]:

@@ -1,5 +1,6 @@
 """Baselines predict what their definition says, and decline with a reason where they know nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def _task(label, *, tissue="t", cell_type="c1", n_genes=7):
     counts = sparse.csr_matrix(1 + rng.poisson(5.0, (11, n_genes)).astype(np.float32))
     members = tuple(label.split("+"))
     library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    return Task(label, members, (1.0,) * len(members), tissue, cell_type, counts, library)
+    return Task(label, tissue, cell_type, members, members, counts, library)
 
 
 def _known(*entries, n_cells=1000):
@@ -146,15 +147,16 @@ def test_predictors_decline_with_a_reason_where_information_is_missing(name, lab
 
 def test_controls_without_counts_are_declined():
     shifts = Shifts(_known(("control", "c1"), ("A", "c1")), lambda profile: np.minimum(profile, 0))
-    empty = Task("A", ("A",), (1.0,), "t", "c1", sparse.csr_matrix((3, 7), dtype=np.float32), np.ones(3))
+    empty = Task("A", "t", "c1", ("A",), ("A",), sparse.csr_matrix((3, 7), dtype=np.float32), np.ones(3))
     assert baselines.mean_shift(shifts)(empty) == Declined("the controls hold no counts")
 
 
-def test_single_labels_carry_their_dose():
-    task = _task("A+B")
-    assert task.singles == ("A", "B")
-    dosed = Task("A@0.5+B", ("A", "B"), (0.5, 1.0), "t", "c1", task.counts, task.library)
-    assert dosed.singles == ("A@0.5", "B")
+def test_additive_asks_for_the_members_at_their_own_dose():
+    known = _known(("control", "c1"), ("A", "c1"), ("A@0.5", "c1"), ("B", "c1"))
+    dosed = replace(_task("A+B"), label="A@0.5+B", singles=("A@0.5", "B"))
+    prediction = baselines.additive(Shifts(known, log_profile))(dosed)
+    assert isinstance(prediction, Prediction)
+    assert prediction.basis == "A@0.5: same context; B: same context"
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,7 @@ def test_kang_mean_shift_halves_the_distance_of_no_change_at_least(kang, cell_ty
     library = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
     seen = ~held
     known = baselines.profiles(counts[seen], label[seen], tissue[seen], cell_types[seen], library=library[seen])
-    task = Task("IFNB", ("IFNB",), (1.0,), "PBMC", cell_type, counts[controls], library[controls])
+    task = Task("IFNB", "PBMC", cell_type, ("IFNB",), ("IFNB",), counts[controls], library[controls])
     pca, found = real_pca(counts), {}
     for name, predictor in (
         ("no change", baselines.no_change()),
