@@ -1,0 +1,49 @@
+"""Dense layers and tables built from canonical parameters, and the matmul precision that everything uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+__all__ = ["PRECISION", "Linear", "Table", "matmul"]
+
+# Named on every product: the default of recent accelerators is TF32, and a caller's setting must not change results.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """`x @ y` in full precision. Differentiated in both."""
+    return jnp.matmul(x, y, precision=PRECISION)
+
+
+class Linear(nnx.Module):
+    """A dense layer `x @ weight + bias`, weight (in, out).
+
+    Args:
+        params: `weight` (n_in, n_out) and `bias` (n_out,).
+    """
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.weight = nnx.Param(jnp.asarray(params["weight"]))
+        self.bias = nnx.Param(jnp.asarray(params["bias"]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return matmul(x, self.weight[...]) + self.bias[...]
+
+
+class Table(nnx.Module):
+    """Rows looked up by index; row 0 is "unknown".
+
+    Args:
+        params: `table` (n_rows, n_embedding).
+    """
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.table = nnx.Param(jnp.asarray(params["table"]))
+
+    def __call__(self, index: jax.Array) -> jax.Array:
+        return self.table[...][index]

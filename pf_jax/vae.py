@@ -1,0 +1,192 @@
+"""The negative-binomial VAE (docs/math.md 2): modules that own weights and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pf_core.config import MU_FLOOR, VAEConfig
+from pf_core.initial import select
+from pf_jax.layers import Linear
+from pf_jax.likelihood import inverse_dispersion, reparameterize
+from pf_jax.probe import record
+
+__all__ = ["Decoder", "Encoder", "NBVAE"]
+
+
+class Encoder(nnx.Module):
+    """Counts and tissue to the posterior's mean and log variance.
+
+    Args:
+        config: the VAE's settings; `input` decides whether log1p counts or counts enter.
+        params: `hidden`, `mean` and `logvar`, each with `weight` and `bias`.
+    """
+
+    def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
+        self.config = config
+        self.hidden = Linear(select(params, "hidden"))
+        self.mean = Linear(select(params, "mean"))
+        self.logvar = Linear(select(params, "logvar"))
+
+    def __call__(self, x: jax.Array, tissue: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Posterior mean and unclipped log variance.
+
+        Differentiated in the parameters and in x.
+
+        Args:
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
+
+        Returns:
+            z_mu and z_logvar, each (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has.
+        """
+        n_genes, n_hidden = self.hidden.weight.shape
+        if x.ndim != 2 or x.shape[1] != n_genes:
+            raise ValueError(
+                f"counts have shape {x.shape} but the model expects (n_cells, {n_genes}); "
+                "align with pf_core.genes.align_genes"
+            )
+        x = x.astype(self.hidden.weight.dtype)
+        h = jax.nn.relu(self.hidden(jnp.log1p(x) if self.config.input == "log1p" else x))
+        record("vae.encoder.hidden", h)
+        h = jnp.concatenate([h, _one_hot(tissue, self.mean.weight.shape[0] - n_hidden, h.dtype)], axis=-1)
+        return record("vae.encoder.mean", self.mean(h)), record("vae.encoder.logvar", self.logvar(h))
+
+
+class Decoder(nnx.Module):
+    """Latents, tissue and library size to the mean count of every gene.
+
+    Args:
+        config: the VAE's settings; `scale` and `dispersion` are used.
+        params: `hidden` and `mean` with `weight` and `bias`, and `log_r` (n_genes,) or (n_tissues, n_genes).
+    """
+
+    def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
+        self.config = config
+        self.hidden = Linear(select(params, "hidden"))
+        self.mean = Linear(select(params, "mean"))
+        self.log_r = nnx.Param(jnp.asarray(params["log_r"]))
+
+    def __call__(self, z: jax.Array, tissue: jax.Array, library: jax.Array) -> jax.Array:
+        """Mean counts.
+
+        Differentiated in the parameters, z and library.
+
+        Args:
+            z: (n_cells, n_latent) latents.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts; not used when `scale` is "softplus".
+
+        Returns:
+            (n_cells, n_genes) mean counts, at least MU_FLOOR.
+
+        Raises:
+            ValueError: another number of latents than the model has.
+        """
+        n_latent = self.config.n_latent
+        if z.ndim != 2 or z.shape[1] != n_latent:
+            raise ValueError(f"latents have shape {z.shape} but the model expects (n_cells, {n_latent})")
+        one_hot = _one_hot(tissue, self.hidden.weight.shape[0] - n_latent, z.dtype)
+        h = record("vae.decoder.hidden", jax.nn.relu(self.hidden(jnp.concatenate([z, one_hot], axis=-1))))
+        if self.config.scale == "softplus":
+            scale = jnp.logaddexp(self.mean(h), 0.0)
+        else:
+            scale = library.astype(z.dtype)[:, None] * jax.nn.softmax(self.mean(h), axis=-1)
+        return record("vae.decoder.mean", scale + MU_FLOOR)
+
+
+class NBVAE(nnx.Module):
+    """The negative-binomial VAE.
+
+    Args:
+        config: the VAE's settings.
+        params: canonical parameters below "vae.", with that prefix cut off.
+    """
+
+    def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
+        self.config = config
+        self.encoder = Encoder(config, select(params, "encoder"))
+        self.decoder = Decoder(config, select(params, "decoder"))
+
+    def encode(self, x: jax.Array, tissue: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Posterior mean and unclipped log variance.
+
+        Differentiated in the parameters and in x.
+
+        Args:
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
+
+        Returns:
+            z_mu and z_logvar, each (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has.
+        """
+        return self.encoder(x, tissue)
+
+    def decode(self, z: jax.Array, tissue: jax.Array, library: jax.Array) -> jax.Array:
+        """Mean counts.
+
+        Differentiated in the parameters, z and library.
+
+        Args:
+            z: (n_cells, n_latent) latents.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts; not used when `scale` is "softplus".
+
+        Returns:
+            (n_cells, n_genes) mean counts, at least MU_FLOOR.
+
+        Raises:
+            ValueError: another number of latents than the model has.
+        """
+        return self.decoder(z, tissue, library)
+
+    def dispersion(self, tissue: jax.Array) -> jax.Array:
+        """Inverse dispersion of every gene.
+
+        Differentiated in log_r.
+
+        Args:
+            tissue: (n_cells,) index into the tissues; used when `dispersion` is "gene-tissue".
+
+        Returns:
+            (n_genes,) for "gene", (n_cells, n_genes) for "gene-tissue".
+        """
+        r = inverse_dispersion(self.decoder.log_r[...])
+        return record("vae.decoder.r", r if self.config.dispersion == "gene" else r[tissue])
+
+    def __call__(
+        self, x: jax.Array, tissue: jax.Array, library: jax.Array, eps: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Encode, sample, decode.
+
+        Differentiated in the parameters.
+
+        Args:
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts.
+            eps: (n_cells, n_latent) standard normal draws of the caller.
+
+        Returns:
+            mu (n_cells, n_genes), r as `dispersion`, z_mu and z_logvar (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has.
+        """
+        z_mu, z_logvar = self.encode(x, tissue)
+        z = record("vae.latent", reparameterize(z_mu, z_logvar, eps))
+        return self.decode(z, tissue, library), self.dispersion(tissue), z_mu, z_logvar
+
+
+def _one_hot(index: jax.Array, n: int, dtype) -> jax.Array:
+    return jax.nn.one_hot(index, n, dtype=dtype)
