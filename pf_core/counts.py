@@ -14,7 +14,19 @@ from scipy import sparse
 
 from pf_core.errors import DataError
 
-__all__ = ["canonical", "check_indices", "check_indptr", "check_values", "from_matrix", "row_blocks", "take_columns"]
+__all__ = [
+    "Csr",
+    "canonical",
+    "check_indices",
+    "check_indptr",
+    "check_values",
+    "from_matrix",
+    "index_type",
+    "row_blocks",
+    "take_columns",
+]
+
+Csr = Any  # scipy.sparse.csr_matrix, whose own annotations call .shape optional
 
 BLOCK_VALUES = 2**22  # values looked at in one go
 LARGEST_COUNT = 2**24  # float32 holds every integer up to here
@@ -26,6 +38,11 @@ def row_blocks(n_rows: int, n_columns: int) -> Iterator[tuple[int, int]]:
     step = int(np.clip(4 * BLOCK_VALUES // max(n_columns, 1), 64, 8192))
     for start in range(0, n_rows, step):
         yield start, min(start + step, n_rows)
+
+
+def index_type(*largest: int) -> type:
+    """The narrowest index type of SciPy that holds these numbers."""
+    return np.int32 if max(largest) < 2**31 else np.int64
 
 
 def check_indptr(indptr: np.ndarray, n_rows: int, n_values: int, name: str) -> np.ndarray:
@@ -75,7 +92,7 @@ def check_values(values: np.ndarray, name: str) -> None:
             )
 
 
-def canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
+def canonical(matrix: Csr) -> Csr:
     """The same matrix with sorted columns, no repeats and no stored zeros; a copy only where something changes."""
     if not matrix.has_canonical_format or np.count_nonzero(matrix.data) < len(matrix.data):
         matrix = matrix.copy()
@@ -84,7 +101,7 @@ def canonical(matrix: sparse.csr_matrix) -> sparse.csr_matrix:
     return matrix
 
 
-def from_matrix(matrix: Any, name: str) -> sparse.csr_matrix:
+def from_matrix(matrix: Any, name: str) -> Csr:
     """A matrix in memory as checked, canonical float32 CSR; float32 CSR is shared, not copied.
 
     Args:
@@ -111,10 +128,10 @@ def from_matrix(matrix: Any, name: str) -> sparse.csr_matrix:
     raise DataError(f"{name} is a {type(matrix).__name__}; a NumPy array or a SciPy CSR or CSC matrix was wanted")
 
 
-def take_columns(matrix: sparse.csr_matrix, columns: np.ndarray) -> sparse.csr_matrix:
+def take_columns(matrix: Csr, columns: np.ndarray) -> Csr:
     """Columns of a checked CSR matrix in a new order; -1 gives a column of zeros."""
     present = np.flatnonzero(columns >= 0)
-    taken = matrix[:, columns[present]]
+    taken: Csr = matrix[:, columns[present]]
     indices = present.astype(taken.indices.dtype)[taken.indices]
     taken = sparse.csr_matrix((taken.data, indices, taken.indptr), shape=(matrix.shape[0], len(columns)))
     taken.sort_indices()

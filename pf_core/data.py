@@ -77,7 +77,7 @@ def load(source: str | Path | Any, config: DataConfig, *, backed: bool = False, 
         members=members,
         doses=doses,
         label=label,
-        is_control=~doses.any(axis=1),
+        is_control=(doses == 0).all(axis=1),
         covariates=_covariates(obs, config),
         tissues=vocabulary(contexts["tissue"]),
         batches=vocabulary(contexts["batch"]),
@@ -148,7 +148,9 @@ def _from_anndata(adata: Any, layer: str, backed: bool) -> Read:
 def _read_zarr(path: Path) -> Any:
     """A zarr store through anndata, if it names no codec that runs code."""
     if not path.is_dir():
-        raise DataError(f"{path} is no folder; {nearest(path.name, (item.name for item in path.parent.glob('*.zarr')))}")
+        raise DataError(
+            f"{path} is no folder; {nearest(path.name, (item.name for item in path.parent.glob('*.zarr')))}"
+        )
     for meta in (*path.rglob(".zarray"), *path.rglob("zarr.json"), *path.rglob(".zmetadata")):
         if "pickle" in meta.read_text(errors="replace"):
             raise DataError(f"{meta} names a pickle codec, which can run code; write the store again with anndata")
@@ -210,5 +212,7 @@ def _covariates(obs: Any, config: DataConfig) -> np.ndarray:
         column = _column(obs, name, "covariates").astype(object)
         columns[:, place] = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)
         if n_bad := int((~np.isfinite(columns[:, place])).sum()):
-            raise DataError(f"covariate {name!r} has {n_bad} values that are no finite number; leave out these cells or it")
+            raise DataError(
+                f"covariate {name!r} has {n_bad} values that are no finite number; leave out these cells or it"
+            )
     return columns
