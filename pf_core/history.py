@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pf_core.errors import RunError
+
 __all__ = ["Record", "bad_steps", "by_stage", "read_history"]
 
 
@@ -57,7 +59,7 @@ def read_history(path: str | Path) -> tuple[Record, ...]:
     """Read history.jsonl. A last line without an end that is not JSON is a write that was cut off, and is left out.
 
     Raises:
-        ValueError: any other line is not a record; the message names the line.
+        RunError: any other line is not a record; the message names the line.
     """
     text = Path(path).read_text(encoding="utf-8")
     lines = text.split("\n")
@@ -70,11 +72,11 @@ def read_history(path: str | Path) -> tuple[Record, ...]:
         except json.JSONDecodeError as error:
             if i == len(lines):
                 break
-            raise ValueError(f"{path} line {i} is not JSON ({error}); restore the file or remove the line") from None
+            raise RunError(f"{path} line {i} is not JSON ({error}); restore the file or remove the line") from None
         try:
             records.append(Record.from_json(record))
         except (TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path} line {i} is not a record of a training history: {error}") from None
+            raise RunError(f"{path} line {i} is not a record of a training history: {error}") from None
     return tuple(records)
 
 

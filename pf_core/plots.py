@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pf_core.svg import INK, MUTED, PAPER, RULE, figure, plain, set_ticks, short, svg, tick
+from pf_core.verdict import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -106,10 +107,12 @@ def curve(
                 transform=axes.get_xaxis_transform(),
                 clip_on=False,
             )
-        set_ticks(axes.xaxis, False)
+        set_ticks(axes.xaxis, False, whole=True)
         if drawn:
             set_ticks(axes.yaxis, log)
         axes.margins(x=0.02)
+        if len(steps) and steps[0] == steps[-1]:
+            axes.set_xlim(steps[0] - 1, steps[0] + 1)
         axes.set_xlabel("step", labelpad=1)
         last = mean[np.isfinite(mean)]
         alt = f"{title} over {len(steps)} recorded steps"
@@ -250,8 +253,8 @@ def cloud(
             )
             axes.set(xlim=limits[0], ylim=limits[1], xticks=[], yticks=[])
             _contour(axes, drawn, limits)
-            count = f"{len(points):,} cells" if len(points) else "no cells"
-            axes.set_title(f"{title}, {count}", fontsize=11, color=INK, fontweight="normal", pad=4)
+            drawn_of = count(len(points), "cell")
+            axes.set_title(f"{title}, {drawn_of}", fontsize=11, color=INK, fontweight="normal", pad=4)
             axes.set_xlabel(labels[0], labelpad=3, fontsize=10)
             if i == 0:
                 axes.set_ylabel(labels[1], labelpad=3, fontsize=10)

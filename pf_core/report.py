@@ -6,7 +6,6 @@ The same payload gives the same bytes: no times, no random ids. The page needs n
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pf_core import plots
+from pf_core.checkpoint import write_atomic
 from pf_core.config import Config
 from pf_core.history import Record, bad_steps, by_stage, read_history
 from pf_core.verdict import (
@@ -25,6 +25,7 @@ from pf_core.verdict import (
     best,
     by_condition,
     columns,
+    count,
     judge,
     largest,
     metrics_json,
@@ -154,14 +155,9 @@ class Report:
 
 
 def write_report(path: str | Path, payload: Report) -> None:
-    """Write the report as one HTML file, by way of a temporary one beside it: a reader never sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(render(payload))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write the report as one HTML file, whole or not at all."""
+    # A file name that is not UTF-8 must not cost the report: such characters become references.
+    write_atomic(Path(path), render(payload).encode(errors="xmlcharrefreplace"))
 
 
 def render(payload: Report) -> str:
@@ -177,7 +173,7 @@ def render(payload: Report) -> str:
         undefined=StrictUndefined,
     )
     # Figures are the only text that is not escaped: plots.py made them and escaped what came from outside.
-    environment.filters |= {"number": number, "figure": Markup}
+    environment.filters |= {"number": number, "count": count, "figure": Markup}
     template = environment.get_template("report.html.jinja")
     return template.render(
         report=payload,

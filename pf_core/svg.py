@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,33 +70,35 @@ def svg(drawing: Figure, alt: str) -> str:
 
     buffer = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    drawing.savefig(buffer, format="svg", dpi=160, metadata=metadata, transparent=True)
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.DOTALL)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda m: m.group(0) if m.group(1) in used else "", text)
+    with warnings.catch_warnings():
+        # Text stays text: a glyph that matplotlib's own font lacks is the reader's browser's to draw.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        drawing.savefig(buffer, format="svg", dpi=160, metadata=metadata, transparent=True)
+    body = buffer.getvalue()
+    body = body[body.index("<svg") :].split(">", 1)[1]
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", body, flags=re.DOTALL)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', body))
     # Ids of different figures share one page; a prefix made of the figure's own content keeps them apart.
-    prefix = f"f{_crc(text):08x}"
-    for name in sorted(used):
-        text = re.sub(rf'(id="|href="#|url\(#)({re.escape(name)})(?=["\)])', rf"\g<1>{prefix}\g<2>", text)
-    # The page's font; matplotlib writes the family it measured with.
-    text = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]*", lambda m: _font(m.group(1), m.group(2)), text)
-    for sentinel, variable in VARIABLES.items():
-        text = text.replace(sentinel, variable)
-    head, rest = text.split(">", 1)
-    box = re.search(r'viewBox="[^"]*"', head)
-    widest = 1.3 * 72 * drawing.get_figwidth()  # larger, the text would outgrow the page's
+    prefix = f"f{zlib.crc32(body.encode()):08x}"
+    # Only tags are rewritten. matplotlib escapes < and > in text and attributes, so no user text can pass for a tag.
+    body = re.sub(r"<[^>]+>", lambda match: _tag(match.group(), used, prefix), body)
+    width, height = 72 * drawing.get_size_inches()
+    widest = 1.3 * width  # larger, the text would outgrow the page's
     opening = (
-        f'<svg {box.group(0) if box else ""} role="img" aria-label="{escape(alt)}" style="max-width:{widest:.0f}px" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{widest:.0f}px" role="img" '
+        f'aria-label="{escape(alt)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
-    return opening + re.sub(r">\s+<", "><", rest).strip()
+    return opening + re.sub(r">\s+<", "><", body).strip()
 
 
-def _crc(text: str) -> int:
-    return zlib.crc32(text.encode())
+def _tag(tag: str, used: set[str], prefix: str) -> str:
+    tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m.group(1)}"' if m.group(1) in used else "", tag)
+    tag = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", tag)
+    # The page's font instead of the family that matplotlib measured with.
+    tag = re.sub(r"font: (?:(\d+) )?([\d.]+)px [^;\"]*", lambda m: _font(m.group(1), m.group(2)), tag)
+    for sentinel, variable in VARIABLES.items():
+        tag = tag.replace(sentinel, variable)
+    return tag
 
 
 def _font(weight: str | None, size: str) -> str:
@@ -116,7 +119,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def set_ticks(axis: Any, log: bool) -> None:
+def set_ticks(axis: Any, log: bool, *, whole: bool = False) -> None:
     """Few ticks with short labels on one axis, linear or logarithmic."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
@@ -125,7 +128,7 @@ def set_ticks(axis: Any, log: bool) -> None:
         axis.set_minor_locator(NullLocator())
         axis.set_minor_formatter(NullFormatter())
     else:
-        axis.set_major_locator(MaxNLocator(4))
+        axis.set_major_locator(MaxNLocator(4, integer=whole))
     axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
 
 

@@ -117,6 +117,11 @@ def number(value: float | None) -> str:
     return f"{value:#.3g}" if size else "0"
 
 
+def count(n: int, noun: str) -> str:
+    """A number of things, in words that fit one of them as well."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def by_condition(rows: Iterable[MetricRow]) -> dict[Condition, list[MetricRow]]:
     """Rows grouped by condition, both in the order they came."""
     groups: dict[Condition, list[MetricRow]] = {}
