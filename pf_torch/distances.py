@@ -105,8 +105,7 @@ def _plain_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `_plain` in closed form, themselves differentiable."""
     pulls = [
-        (w * _distances(diff, smoothing)[1])[..., None] * diff
-        for diff, w in _plain_terms(x, y, wx, wy, estimator)
+        (w * _distances(diff, smoothing)[1])[..., None] * diff for diff, w in _plain_terms(x, y, wx, wy, estimator)
     ]
     return pulls[0].sum(2) + 2.0 * pulls[1].sum(2), -pulls[0].sum(1) + 2.0 * pulls[2].sum(2)
 
@@ -148,7 +147,7 @@ def _block(
         distance.diagonal(dim1=1, dim2=2).zero_()
     value = (wx * torch.matmul(distance.double(), wy[..., None])[..., 0]).sum(-1)
 
-    # sum_j (x_i - y_j)/d_ij as x_i sum_j 1/d_ij - sum_j y_j/d_ij, but near pairs, alone able to coincide, by difference.
+    # sum_j (x_i - y_j)/d_ij is x_i sum_j 1/d_ij - sum_j y_j/d_ij, but near pairs, which may coincide, by difference.
     pull.mul_(wx.to(x.dtype)[:, :, None]).mul_(wy.to(x.dtype)[:, None])
     forces = []
     for g, a, b in near_pairs:
@@ -312,8 +311,8 @@ def energy_distance(
     _check(x, y, wx, wy, estimator, power, 2)
     if method not in ("tiled", "plain"):
         raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
-    weights = [None if w is None else w[None] for w in (wx, wy)]
-    return _energy(x[None], y[None], *weights, estimator, power, smoothing, method, tile)[0]
+    a, b = (None if w is None else w[None] for w in (wx, wy))
+    return _energy(x[None], y[None], a, b, estimator, power, smoothing, method, tile)[0]
 
 
 def energy_distance_grouped(

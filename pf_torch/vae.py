@@ -127,9 +127,7 @@ class NBVAE(nn.Module):
         """Inverse dispersion (n_genes,) or (C, n_genes)."""
         return self.decoder.dispersion(tissue)
 
-    def forward(
-        self, x: Tensor, tissue: Tensor, library: Tensor, eps: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, tissue: Tensor, library: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Encode, sample, decode. Differentiable in the parameters.
 
         Args:

@@ -1,0 +1,438 @@
+"""Losses, and the steps that lower them: gradient, clip, Adam, guard (docs/math.md 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, NORMALISED_TOTAL, Config
+from pf_torch.conditions import ConditionEncoder
+from pf_torch.distances import energy_distance_grouped
+from pf_torch.layers import select
+from pf_torch.likelihood import elbo_loss
+from pf_torch.operators import OperatorFamily, apply_operator, identity_penalty
+from pf_torch.probe import record
+from pf_torch.spectral import spectral_norm, spectral_penalty
+from pf_torch.vae import NBVAE
+
+__all__ = [
+    "TrainState",
+    "adam_update",
+    "clip_by_global_norm",
+    "evaluate",
+    "init_state",
+    "joint_loss",
+    "joint_step",
+    "operator_loss",
+    "operator_step",
+    "run_steps",
+    "vae_loss",
+    "vae_step",
+]
+
+Tensors = dict[str, Tensor]
+LossOutput = tuple[Tensor, tuple[Tensors, Tensors]]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes, and what it needs beside: canonical names throughout.
+
+    params are trained and frozen are not; m and v are Adam's moments and count its steps so far; carry holds the
+    vectors of the power iteration.
+    """
+
+    params: Tensors
+    frozen: Tensors
+    m: Tensors
+    v: Tensors
+    count: int
+    carry: Tensors
+
+
+def init_state(
+    params: Mapping[str, Any],
+    *,
+    trainable: Collection[str],
+    m: Mapping[str, Any] | None = None,
+    v: Mapping[str, Any] | None = None,
+    count: int = 0,
+    carry: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    device: str | torch.device = "cpu",
+) -> TrainState:
+    """A training state from canonical parameters.
+
+    Args:
+        params: canonical parameters, arrays or tensors; they are copied.
+        trainable: names of those that are trained; the others are frozen.
+        m, v: Adam's moments of the trainable parameters; None for zeros.
+        count: Adam's steps so far.
+        carry: vectors of the power iteration, see `operator_loss`.
+        dtype: "float32" or "float64", of every array.
+        device: where the state lives.
+
+    Raises:
+        ValueError: a trainable name has no parameter, or moments do not fit the trainable parameters.
+    """
+    missing = sorted(set(trainable) - set(params))
+    if missing:
+        raise ValueError(f"trainable names {', '.join(missing)} are not parameters; known: {', '.join(params)}")
+
+    def copy(tree: Mapping[str, Any]) -> Tensors:
+        kind = getattr(torch, dtype)
+        return {name: torch.as_tensor(x).detach().to(device=device, dtype=kind, copy=True) for name, x in tree.items()}
+
+    trained = copy({name: params[name] for name in sorted(trainable)})
+    moments = []
+    for name, moment in (("m", m), ("v", v)):
+        if moment is None:
+            moments.append({key: torch.zeros_like(x) for key, x in trained.items()})
+            continue
+        if {key: np.shape(x) for key, x in moment.items()} != {key: tuple(x.shape) for key, x in trained.items()}:
+            raise ValueError(
+                f"names and shapes of {name} do not fit the trainable parameters; pass those of one export"
+            )
+        moments.append({key: copy(moment)[key] for key in trained})
+    frozen = copy({name: x for name, x in params.items() if name not in trained})
+    return TrainState(trained, frozen, moments[0], moments[1], int(count), copy(carry or {}))
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
+
+
+def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config, beta: float | Tensor) -> LossOutput:
+    """Loss of stage 1: the ELBO of a batch of cells.
+
+    Differentiable in params. Parts carry no gradient.
+
+    Args:
+        params: all canonical parameters.
+        batch: counts (C, n_genes), tissue (C,), library (C,) and weight (C,), 0 for padding.
+        noise: eps (C, n_latent).
+        config: the run's configuration.
+        beta: weight of the KL term.
+
+    Returns:
+        loss, nats per cell; parts nll and kl; and an empty carry.
+    """
+    model = NBVAE(config.vae, select(params, "vae"))
+    counts, tissue = batch["counts"], batch["tissue"]
+    mu, r, z_mu, z_logvar = model(counts, tissue, batch["library"], noise["eps"])
+    loss, parts = elbo_loss(counts, mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
+    return loss, ({name: record(name, value) for name, value in parts.items()}, {})
+
+
+def _weighted_mean(values: Tensor, weight: Tensor) -> Tensor:
+    return (weight * values).sum() / weight.sum()
+
+
+def _operator_terms(
+    params: Tensors, x: Tensor, y: Tensor, batch: Tensors, noise: Tensors, carry: Tensors, config: Config
+) -> tuple[Tensor, Tensor, Tensors, Tensors]:
+    """Loss of the operators on latents x and y, the images of x, the parts, and the new carry."""
+    settings, weight = config.operator, batch["weight"]
+    conditions = ConditionEncoder(select(params, "conditions"))
+    family = OperatorFamily(select(params, "operators"))
+    theta = conditions(batch["perturbations"], batch["doses"], batch["tissue"], batch["batch"], batch["covariates"])
+    A, b = family.operator(theta, batch["tissue"])
+    image = record("operators.image", apply_operator(A, b, x))
+    distances = energy_distance_grouped(image, y, wx=batch["wx"], wy=batch["wy"], estimator=settings.estimator)
+    energy = record("energy", _weighted_mean(distances, weight))
+
+    if settings.spectral_target == "bases":
+        bounded, counted, start = torch.cat([family.A0, family.B]), None, carry["v_bases"]
+    else:
+        # Each operator is bounded once: padding does not count, nor does a second group of the same operator.
+        counted = (weight > 0).to(A.dtype)
+        if "distinct" in batch:
+            counted = counted * batch["distinct"]
+        bounded, start = A, carry["v"][batch["slot"]] if settings.warm_start else noise["v0"]
+    penalty, v = spectral_penalty(
+        bounded, start, rho_max=settings.rho_max, n_iter=settings.power_iterations, weight=counted
+    )
+    spectral = record("spectral", penalty)
+    sigma = spectral_norm(bounded.detach(), v, n_iter=0)
+    sigma_max = (sigma if counted is None else torch.where(counted > 0, sigma, 0.0)).max()
+    if settings.spectral_target == "bases":
+        carry = {**carry, "v_bases": v}
+    elif settings.warm_start:
+        carry = {**carry, "v": carry["v"].index_put((batch["slot"],), v)}
+
+    shrinkage = record("shrinkage", identity_penalty(A, weight))
+    loss = energy + settings.spectral_weight * spectral + settings.shrinkage * shrinkage
+    parts = {"energy": energy, "spectral": spectral, "shrinkage": shrinkage, "sigma_max": sigma_max}
+    return loss, image, {name: value.detach() for name, value in parts.items()}, carry
+
+
+def operator_loss(params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, *, config: Config) -> LossOutput:
+    """Loss of stage 2: energy distance of images to perturbed cells, spectral penalty, shrinkage to the identity.
+
+    Differentiable in params; the power iteration is under stop-gradient, and parts and carry carry none.
+
+    Args:
+        params: all canonical parameters.
+        batch: perturbations and doses (P, M), tissue (P,), batch (P, n_batches), covariates (P, n_covariates); latents
+            x (P, n, d) of controls and y (P, m, d) of perturbed cells with weights wx and wy; weight (P,), 0 for
+            padding; slot (P,), the condition's row in carry["v"], 0 for padding; and optionally distinct (P,), 0 for
+            a group whose operator another group of the batch already stands for in the spectral penalty.
+        noise: v0 (P, d), the start of the power iteration without warm start.
+        carry: v (n_slots, d), or v_bases (n_tissues + n_bases, d) where the bases are bounded.
+        config: the run's configuration.
+
+    Returns:
+        loss; parts energy, spectral, shrinkage (before their weights) and sigma_max; and the new carry.
+    """
+    loss, _, parts, carry = _operator_terms(params, batch["x"], batch["y"], batch, noise, carry, config)
+    return loss, (parts, carry)
+
+
+def joint_loss(
+    params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, *, config: Config, beta: float | Tensor
+) -> LossOutput:
+    """Loss of stage 3: that of stage 2 on live latents, the energy distance of decoded profiles, and the ELBO.
+
+    Differentiable in params, through encoder, operators and decoder.
+
+    Args:
+        params: all canonical parameters.
+        batch: that of `operator_loss` with counts x_counts and y_counts (P, n, n_genes) and x_library and y_library
+            (P, n) instead of x and y; and that of `vae_loss` with names that begin with cells_.
+        noise: eps and v0.
+        carry: as in `operator_loss`.
+        config: the run's configuration.
+        beta: weight of the KL term.
+
+    Returns:
+        loss; parts energy, gene_energy, spectral, shrinkage, nll, kl (before their weights) and sigma_max; new carry.
+    """
+    model = NBVAE(config.vae, select(params, "vae"))
+
+    def encode(counts: Tensor) -> Tensor:
+        mean, _ = model.encode(counts.flatten(0, 1), batch["tissue"].repeat_interleave(counts.shape[1]))
+        return mean.unflatten(0, counts.shape[:2])
+
+    def profile(z: Tensor) -> Tensor:
+        tissue = batch["tissue"].repeat_interleave(z.shape[1])
+        mu = model.decode(z.flatten(0, 1), tissue, torch.ones(tissue.shape, dtype=z.dtype, device=z.device))
+        scale = NORMALISED_TOTAL if config.vae.scale == "library" else 1.0
+        return torch.log1p(scale * mu).unflatten(0, z.shape[:2])
+
+    x, y = encode(batch["x_counts"]), encode(batch["y_counts"])
+    loss, image, parts, carry = _operator_terms(params, x, y, batch, noise, carry, config)
+    distances = energy_distance_grouped(
+        profile(image), profile(y), wx=batch["wx"], wy=batch["wy"], estimator=config.operator.estimator
+    )
+    gene_energy = record("gene_energy", _weighted_mean(distances, batch["weight"]))
+    cells = {name.removeprefix("cells_"): value for name, value in batch.items() if name.startswith("cells_")}
+    elbo, (cell_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
+    loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
+    return loss, ({**parts, "gene_energy": gene_energy.detach(), **cell_parts}, carry)
+
+
+def _loss(
+    stage: str, params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, config: Config, beta: float | Tensor
+) -> LossOutput:
+    """The loss of a stage; a stage without carry hands it through."""
+    if stage == "vae":
+        loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
+        return loss, (parts, carry)
+    if stage == "operator":
+        return operator_loss(params, batch, noise, carry, config=config)
+    if stage == "joint":
+        return joint_loss(params, batch, noise, carry, config=config, beta=beta)
+    raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
+
+
+# --- optimiser ----------------------------------------------------------------------------------------------------
+
+
+def clip_by_global_norm(grads: Tensors, max_norm: float) -> tuple[Tensors, Tensor]:
+    """Scale all gradients by min(1, max_norm / (norm + CLIP_EPS)).
+
+    Args:
+        grads: by name.
+        max_norm: largest Euclidean norm over all of them together.
+
+    Returns:
+        The scaled gradients, and the norm before.
+    """
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
+    scale = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+    return {name: g * scale for name, g in grads.items()}, norm
+
+
+def adam_update(
+    params: Tensors,
+    grads: Tensors,
+    m: Tensors,
+    v: Tensors,
+    count: int,
+    *,
+    lr: float | Tensor,
+    weight_decay: float = 0.0,
+) -> tuple[Tensors, Tensors, Tensors, int]:
+    """One step of AdamW (Kingma and Ba 2015; Loshchilov and Hutter 2019): decay beside the step, on every parameter.
+
+    Args:
+        params, grads, m, v: by name; m and v are the moments so far.
+        count: steps taken so far; the bias corrections are 1 - b^(count + 1), exact to rounding.
+        lr: learning rate.
+        weight_decay: p loses lr * weight_decay * p.
+
+    Returns:
+        params, m, v, count after the step.
+    """
+    count, lr = count + 1, float(lr)
+    correct_m, correct_v = (-float(np.expm1(count * np.log(b))) for b in (ADAM_B1, ADAM_B2))
+    new_params, new_m, new_v = {}, {}, {}
+    for name, p in params.items():
+        g = grads[name]
+        new_m[name] = ADAM_B1 * m[name] + (1.0 - ADAM_B1) * g
+        new_v[name] = ADAM_B2 * v[name] + (1.0 - ADAM_B2) * (g * g)
+        step = (new_m[name] / correct_m) / (torch.sqrt(new_v[name] / correct_v) + ADAM_EPS)
+        new_params[name] = p - lr * (step + weight_decay * p) if weight_decay else p - lr * step
+    return new_params, new_m, new_v, count
+
+
+def _all_finite(*trees: Tensors) -> bool:
+    extremes = [bound for tree in trees for x in tree.values() for bound in torch.aminmax(x)]
+    return bool(torch.isfinite(torch.stack(extremes)).all())
+
+
+# --- steps --------------------------------------------------------------------------------------------------------
+
+
+def _micro(tree: Tensors, index: int) -> Tensors:
+    return {name: value[index] for name, value in tree.items()}
+
+
+def _step(
+    stage: str,
+    state: TrainState,
+    batch: Tensors,
+    noise: Tensors,
+    hyper: Mapping[str, Any],
+    config: Config,
+    loss_function: Callable[..., LossOutput] = _loss,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Mean gradient over micro-batches, clip, Adam; the old state where anything is not finite."""
+    settings = getattr(config, f"stage_{stage}")
+    leaves = {name: p.detach().requires_grad_() for name, p in state.params.items()}
+    n, carry = len(next(iter(batch.values()))), state.carry
+    losses, all_parts, grads = [], [], {name: torch.zeros_like(p) for name, p in state.params.items()}
+    for index in range(n):
+        loss, (parts, carry) = loss_function(
+            stage, {**state.frozen, **leaves}, _micro(batch, index), _micro(noise, index), carry, config, hyper["beta"]
+        )
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        for (name, total), g in zip(grads.items(), found, strict=True):
+            grads[name] = total if g is None else total + g / n
+        losses.append(loss.detach())
+        all_parts.append(parts)
+    loss = torch.stack(losses).mean()
+    names = sorted(grads)
+    norms = torch.stack([torch.linalg.vector_norm(grads[name]) for name in names])
+    clipped, norm = clip_by_global_norm(grads, settings.max_norm)
+    params, m, v, count = adam_update(
+        state.params, clipped, state.m, state.v, state.count, lr=hyper["lr"], weight_decay=settings.weight_decay
+    )
+    ok = bool(torch.isfinite(loss + norm)) and _all_finite(params, m, v)
+    parts = {name: torch.stack([parts[name] for parts in all_parts]).mean() for name in all_parts[0]}
+    metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
+    return (replace(state, params=params, m=m, v=v, count=count, carry=carry) if ok else state), metrics
+
+
+def vae_step(
+    state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step of stage 1 on `vae_loss`: mean gradient over micro-batches, global-norm clip, AdamW, guard.
+
+    Args:
+        state: not changed.
+        batch, noise: those of the loss, with a leading axis of micro-batches over which gradients, loss and parts are
+            averaged.
+        hyper: lr, and beta, the weight of the KL term.
+        config: the run's configuration; stage_vae holds max_norm and weight_decay.
+
+    Returns:
+        The new state, or the old one where the loss, the gradient norm, a new parameter or a moment is not finite; and
+        metrics: loss, grad_norm before clipping, ok, parts, and param_grad_norm by sorted name.
+    """
+    return _step("vae", state, batch, noise, hyper, config)
+
+
+def operator_step(
+    state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step of stage 2 on `operator_loss`, see `vae_step`; the carry threads through the micro-batches."""
+    return _step("operator", state, batch, noise, hyper, config)
+
+
+def joint_step(
+    state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
+) -> tuple[TrainState, dict[str, Any]]:
+    """One step of stage 3 on `joint_loss`, see `vae_step`; the carry threads through the micro-batches."""
+    return _step("joint", state, batch, noise, hyper, config)
+
+
+def _stack(trees: list[Any]) -> Any:
+    first = trees[0]
+    if isinstance(first, dict):
+        return {name: _stack([tree[name] for tree in trees]) for name in first}
+    return torch.stack(trees) if isinstance(first, Tensor) else torch.tensor(trees)
+
+
+def run_steps(
+    stage: str,
+    state: TrainState,
+    batches: Tensors,
+    noises: Tensors,
+    hypers: Mapping[str, Any],
+    *,
+    config: Config,
+    compile: bool = False,
+) -> tuple[TrainState, dict[str, Any]]:
+    """Many steps of one stage.
+
+    Args:
+        stage: "vae", "operator" or "joint".
+        state: not changed.
+        batches, noises: leaves have a leading axis of steps, then one of micro-batches.
+        hypers: lr and beta, (n_steps,) each.
+        config: the run's configuration.
+        compile: run the loss through torch.compile.
+
+    Returns:
+        The last state, and the metrics of every step, stacked.
+
+    Raises:
+        ValueError: no such stage.
+    """
+    loss_function = torch.compile(_loss, dynamic=False) if compile else _loss
+    collected = []
+    for index in range(len(hypers["lr"])):
+        hyper = {name: torch.as_tensor(values[index]) for name, values in hypers.items()}
+        state, metrics = _step(
+            stage, state, _micro(batches, index), _micro(noises, index), hyper, config, loss_function
+        )
+        collected.append(metrics)
+    return state, _stack(collected)
+
+
+def evaluate(
+    stage: str, state: TrainState, batch: Tensors, noise: Tensors, *, config: Config, beta: float
+) -> dict[str, Tensor]:
+    """Loss and parts of one batch without a micro-batch axis; nothing is updated and nothing differentiated.
+
+    Returns:
+        The parts of the stage's loss, and "loss".
+    """
+    with torch.no_grad():
+        loss, (parts, _) = _loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, config, beta)
+    return {**parts, "loss": loss}
