@@ -24,6 +24,7 @@ from pf_core.dataset import Dataset, Group, groups, totals_of, unique_names
 from pf_core.errors import DataError, nearest
 from pf_core.h5ad import matrix_name, read_h5ad
 from pf_core.labels import codes, condition_label, parse_condition, texts, vocabulary
+from pf_core.zarr_store import read_zarr
 
 __all__ = ["DataError", "Dataset", "Group", "groups", "load"]
 
@@ -113,7 +114,7 @@ def _read(source: Any, layer: str, backed: bool) -> Read:
     if path.suffix == ".zarr":
         if backed:
             raise DataError(f"{path} is a zarr store, and only an h5ad can stay on disk; load it with backed=False")
-        return _from_anndata(_read_zarr(path), layer, backed)
+        return _from_anndata(read_zarr(path), layer, backed)
     obs, genes, stored, skipped = read_h5ad(path, layer)
     counts = BackedCounts(stored) if backed else _whole(stored)
     return obs, genes, counts, {"matrix": stored.name, "columns_not_understood": skipped}
@@ -143,24 +144,6 @@ def _from_anndata(adata: Any, layer: str, backed: bool) -> Read:
     if counts.shape != shape:
         raise DataError(f"{name} has shape {counts.shape} but obs and var have {shape}; build the AnnData again")
     return adata.obs, np.asarray(adata.var_names, dtype=object), counts, {"matrix": name, "columns_not_understood": []}
-
-
-def _read_zarr(path: Path) -> Any:
-    """A zarr store through anndata, if it names no codec that runs code."""
-    if not path.is_dir():
-        raise DataError(
-            f"{path} is no folder; {nearest(path.name, (item.name for item in path.parent.glob('*.zarr')))}"
-        )
-    for meta in (*path.rglob(".zarray"), *path.rglob("zarr.json"), *path.rglob(".zmetadata")):
-        if "pickle" in meta.read_text(errors="replace"):
-            raise DataError(f"{meta} names a pickle codec, which can run code; write the store again with anndata")
-    import anndata
-
-    try:
-        return anndata.read_zarr(path)
-    except Exception as error:  # zarr and its codecs raise what they like; all of it means the same here
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{path} is damaged or no zarr store of anndata ({line}); write it again") from error
 
 
 # --- what its columns say --------------------------------------------------------------------------------------------

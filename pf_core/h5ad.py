@@ -14,7 +14,7 @@ import numpy as np
 
 from pf_core.backed import Stored
 from pf_core.errors import DataError, nearest
-from pf_core.hdf5 import array, decoded, is_text, opened, strings, values
+from pf_core.hdf5 import decoded, is_text, opened, values
 
 __all__ = ["matrix_name", "read_h5ad"]
 
@@ -40,7 +40,7 @@ def read_h5ad(path: str | Path, layer: str = "") -> tuple[Any, np.ndarray, Store
         layers = list(file["layers"]) if isinstance(file.get("layers"), h5py.Group) else []
         name = matrix_name(layers, "X" in file, layer)
         obs, skipped = _table(_group(file, "obs"))
-        genes = strings(_index(_group(file, "var")))
+        genes = _names(_group(file, "var"))
         stored = Stored(path, name, file, (len(obs), len(genes)))
     return obs, genes, stored, skipped
 
@@ -64,21 +64,22 @@ def _group(file: Any, name: str) -> Any:
     return file[name]
 
 
-def _index(table: Any) -> Any:
+def _names(table: Any) -> np.ndarray:
+    """(n,) the index of a table, as text."""
     name = decoded(table.attrs.get("_index", "_index"))
     if name not in table:
         raise DataError(f"{table.name} has no index {name!r}; {OLD}")
-    index = array(table[name], f"{table.name}/{name}")
-    if not is_text(index):
-        raise DataError(f"{table.name}/{name} holds {index.dtype}; names are text, {OLD}")
-    return index
+    names = _element(table[name], f"{table.name}/{name}")
+    if names is None or names.dtype != object or not all(isinstance(word, str) for word in names):
+        raise DataError(f"{table.name}/{name} holds no names; write the file again with text as names")
+    return names
 
 
 def _table(table: Any) -> tuple[Any, list[str]]:
     """A DataFrame of the columns that are understood, and the names of the others."""
     import pandas as pd
 
-    names = strings(_index(table))
+    names = _names(table)
     columns, skipped = {}, []
     for key in map(decoded, table.attrs.get("column-order", ())):
         if key not in table:
@@ -96,17 +97,22 @@ def _table(table: Any) -> tuple[Any, list[str]]:
 def _column(table: Any, key: str) -> Any:
     """One column as an array or a pandas extension array; None for an encoding that is not understood."""
     item, where = table[key], f"{table.name}/{key}"
-    if isinstance(item, h5py.Dataset):
+    if f"__categories/{key}" in table:
         # anndata 0.7 kept categories beside the columns; found by name, its reference attribute is not followed.
-        if f"__categories/{key}" in table:
-            return _categorical(values(item, where), values(table[f"__categories/{key}"], where), where)
+        return _categorical(values(item, where), values(table[f"__categories/{key}"], where), where)
+    if isinstance(item, h5py.Group) and decoded(item.attrs.get("encoding-type", "")) == "categorical":
+        codes, categories = (_element(item.get(part), f"{where}/{part}") for part in ("codes", "categories"))
+        return None if codes is None or categories is None else _categorical(codes, categories, where)
+    return _element(item, where)
+
+
+def _element(item: Any, where: str) -> Any:
+    """A plain or nullable one-dimensional array; None for anything else."""
+    if isinstance(item, h5py.Dataset):
         plain = len(item.shape or ()) == 1 and (item.dtype.kind in "biuf" or is_text(item))
         return values(item, where) if plain else None
-    encoding = decoded(item.attrs.get("encoding-type", ""))
-    if encoding == "categorical" and {"codes", "categories"} <= set(item):
-        return _categorical(values(item["codes"], where), values(item["categories"], where), where)
-    if encoding.startswith("nullable-") and {"values", "mask"} <= set(item):
-        return _nullable(values(item["values"], where), values(item["mask"], where), where)
+    if isinstance(item, h5py.Group) and decoded(item.attrs.get("encoding-type", "")).startswith("nullable-"):
+        return _nullable(values(item.get("values"), where), values(item.get("mask"), where), where)
     return None
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5o, h5z  # pyright: ignore[reportAttributeAccessIssue]
 
 from pf_core.errors import DataError, nearest
 
@@ -38,6 +39,8 @@ def opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         others = [item.name for item in path.parent.glob("*.h5ad")] if path.parent.is_dir() else []
         raise DataError(f"{path} is no file; {nearest(path.name, others)}")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path} may not be read; change its permissions")
     with explained(path), open_file(path) as file:
         check_tree(file)
         yield file
@@ -57,8 +60,11 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _is_hdf5(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(8) == b"\x89HDF\r\n\x1a\n"
+    try:
+        with path.open("rb") as file:
+            return file.read(8) == b"\x89HDF\r\n\x1a\n"
+    except OSError:
+        return False
 
 
 def check_tree(file: h5py.File) -> None:
@@ -73,8 +79,8 @@ def check_tree(file: h5py.File) -> None:
             if not isinstance(group.get(key, getlink=True), h5py.HardLink):
                 raise DataError(f"{where} is a link, perhaps to another file; write the file again without links")
             item = group[key]
-            address = item.id.__hash__()  # of the object in the file: hard links can form a ring
-            if address in seen:
+            address = h5o.get_info(item.id).addr
+            if address in seen:  # hard links can form a ring
                 continue
             seen.add(address)
             if len(seen) > MAX_OBJECTS:
@@ -119,7 +125,7 @@ def check_filters(item: h5py.Dataset, where: str) -> None:
     plan = item.id.get_create_plist()
     for position in range(plan.get_nfilters()):
         code = plan.get_filter(position)[0]
-        if not h5py.h5z.filter_avail(code):
+        if not h5z.filter_avail(code):
             raise DataError(f"{where} is compressed by HDF5 filter {code}, missing here; write it again with gzip")
 
 
