@@ -65,15 +65,37 @@ def test_no_change_is_the_controls():
     assert baselines.no_change()(_task("A")) == Prediction(None, "controls")
 
 
-def test_mean_shift_uses_the_shift_of_its_own_context_where_it_is_known():
-    known = _known(("control", "c1"), ("A", "c1"), ("control", "c2"), ("A", "c2"))
-    task = _task("A")
-    mu0, mu1 = _means(baselines.mean_shift(Shifts(known, log_profile))(task))
-    p0 = (task.counts.toarray() / task.library[:, None]).mean(axis=0)
-    change = np.log1p(1e4 * _profile("A.c1")) - np.log1p(1e4 * _profile("control.c1"))
+def _profile_means(task, change):
+    """mu0, mu1 of a shift of the log profile, one cell and one gene at a time."""
+    x, library = task.counts.toarray(), task.library
+    p0 = np.mean([cell / depth for cell, depth in zip(x, library, strict=True)], axis=0)
     p1 = np.maximum(np.expm1(np.log1p(1e4 * p0) + change), 0)
-    np.testing.assert_allclose(mu0, task.library[:, None] * p0, rtol=1e-12)
-    np.testing.assert_allclose(mu1, task.library[:, None] * p1 / p1.sum(), rtol=1e-12)
+    p1 = p1 / p1.sum() * p0.sum()
+    mu0 = [[(x[i, g] + 1) / (1 + 1 / (d * p)) for g, p in enumerate(p0)] for i, d in enumerate(library)]
+    return np.array(mu0), np.array(mu0) * p1 / p0
+
+
+def test_mean_shift_scales_the_expected_rate_of_every_cell():
+    task = _task("A")
+    found = _means(baselines.mean_shift(Shifts(_known(("control", "c1"), ("A", "c1")), log_profile))(task))
+    change = np.log1p(1e4 * _profile("A.c1")) - np.log1p(1e4 * _profile("control.c1"))
+    for ours, wanted in zip(found, _profile_means(task, change), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-12)
+
+
+def test_a_gene_that_no_control_expresses_rises_to_its_shifted_mean():
+    known = [Profile(label, "t", "c1", 1000, mean) for label, mean in _absent_gene().items()]
+    task = _task("A")
+    silent = replace(task, counts=sparse.csr_matrix(task.counts.toarray() * (np.arange(7) > 0)))
+    mu0, mu1 = _means(baselines.mean_shift(Shifts(known, log_profile))(silent))
+    assert np.all(mu0[:, 0] == 0)
+    np.testing.assert_allclose(mu1[:, 0] / mu1[0, 0], task.library / task.library[0], rtol=1e-12)
+    assert np.all(mu1[:, 0] > 0)
+
+
+def _absent_gene():
+    control = np.append(0.0, _profile("control.c1", 6))
+    return {"control": control, "A": 0.9 * control + 0.1 * (np.arange(7) == 0)}
 
 
 def test_a_shift_unknown_in_its_context_is_the_mean_over_the_others_weighted_by_their_size():
@@ -83,7 +105,17 @@ def test_a_shift_unknown_in_its_context_is_the_mean_over_the_others_weighted_by_
     changes = [log_profile(_profile(f"A.{c}")) - log_profile(_profile(f"control.{c}")) for c in ("c2", "c3")]
     assert isinstance(found, baselines.Shift)
     np.testing.assert_allclose(found.value, np.average(changes, axis=0, weights=weights), rtol=1e-12)
-    assert found.basis == "mean of 2 contexts"
+    assert found.basis == "mean over other contexts (2)"
+
+
+def test_a_shift_known_in_its_context_is_pooled_with_the_others_by_its_size():
+    known = _known(("control", "c1", 30), ("A", "c1", 20), ("control", "c2"), ("A", "c2"))
+    found = Shifts(known, log_profile).of("A", ("t", "c1"))
+    own, other = (log_profile(_profile(f"A.{c}")) - log_profile(_profile(f"control.{c}")) for c in ("c1", "c2"))
+    weight = 12 / (12 + MIN_MATCHED)
+    assert isinstance(found, baselines.Shift)
+    np.testing.assert_allclose(found.value, weight * own + (1 - weight) * other, rtol=1e-12)
+    assert found.basis == "own context, and mean over other contexts (1)"
 
 
 def test_a_context_without_training_controls_gives_no_shift():
@@ -95,10 +127,9 @@ def test_additive_adds_the_members_own_shifts():
     known = _known(("control", "c1"), ("A", "c1"), ("B", "c1"))
     task = _task("A+B")
     _, mu1 = _means(baselines.additive(Shifts(known, log_profile))(task))
-    p0 = (task.counts.toarray() / task.library[:, None]).mean(axis=0)
     logs = {name: log_profile(_profile(f"{name}.c1")) for name in ("A", "B", "control")}
-    p1 = np.maximum(np.expm1(log_profile(p0) + logs["A"] + logs["B"] - 2 * logs["control"]), 0)
-    np.testing.assert_allclose(mu1, task.library[:, None] * p1 / p1.sum(), rtol=1e-12)
+    wanted = _profile_means(task, logs["A"] + logs["B"] - 2 * logs["control"])[1]
+    np.testing.assert_allclose(mu1, wanted, rtol=1e-12)
 
 
 def test_latent_shift_moves_every_cell_by_the_mean_latent_shift():
@@ -156,7 +187,7 @@ def test_additive_asks_for_the_members_at_their_own_dose():
     dosed = replace(_task("A+B"), label="A@0.5+B", singles=("A@0.5", "B"))
     prediction = baselines.additive(Shifts(known, log_profile))(dosed)
     assert isinstance(prediction, Prediction)
-    assert prediction.basis == "A@0.5: same context; B: same context"
+    assert prediction.basis == "A@0.5: own context; B: own context"
 
 
 @pytest.fixture(scope="module")
