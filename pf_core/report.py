@@ -373,7 +373,7 @@ def _measures(operator: Operator) -> dict[str, Any]:
         "eigenvalues": values,
         "norm": float(np.linalg.norm(A, 2)) if usable else math.nan,
         "radius": float(np.abs(values).max()) if usable else math.nan,
-        "expanding": int((np.abs(values) > 1).sum()),
+        "expanding": int((np.abs(values) > 1).sum()) if usable else None,
         "distance": float(np.linalg.norm(A - np.eye(len(A)))),
         "shift": float(np.linalg.norm(operator.b)),
     }
