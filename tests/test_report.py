@@ -292,7 +292,8 @@ def written(tmp_path, *lines, end="\n"):
 def test_history_reads_every_field_and_null_as_not_finite(tmp_path):
     line = {
         "stage": "vae", "step": 7, "loss": None, "parts": {"nll": 2.0}, "lr": 1e-3, "grad_norm": 3.0,
-        "grad_norms": {"w": None}, "bad_steps": 2, "validation": {"loss": 4.0}, "health": {"w": "ok"}, "event": "returned",
+        "grad_norms": {"w": None}, "bad_steps": 2, "validation": {"loss": 4.0}, "health": {"w": "ok"},
+        "event": "returned",
     }  # fmt: skip
     (record,) = read_history(written(tmp_path, json.dumps(line)))
     assert math.isnan(record.loss)
@@ -408,7 +409,8 @@ def test_page_opens_with_the_verdict_and_holds_every_section(page):
     words = page.words
     assert words.index("The model beats every simple answer in 1 of 3") < words.index("All metrics")
     texts = ("declined: KO is not a combination", "no leak found", "Stage 1, latent model", "Stage 2, operators",
-                 "Response profiles", "Spectra", "vae.weight", "zero 3× (first at step 100)", "kl_warmup = 400", "0.1.0")  # fmt: skip
+             "Response profiles", "Spectra", "vae.weight", "zero 3× (first at step 100)", "kl_warmup = 400",
+             "0.1.0")  # fmt: skip
     assert [text for text in texts if text not in words] == []
 
 
