@@ -119,6 +119,12 @@ class Audit:
     shared_trivial: int = 0
     examples: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Audit:
+        """From what `splits.leak_audit` returns."""
+        counts = {key: int(found[key]) for key in ("shared_names", "shared_contents", "trivial", "shared_trivial")}
+        return cls(int(found["seen"]), int(found["heldout"]), **counts, examples=tuple(found["examples"]))
+
     @property
     def clean(self) -> bool:
         return self.shared_names == 0 and self.shared_contents == 0

@@ -446,6 +446,13 @@ def test_a_leak_is_called_a_leak():
     assert "2 their counts" in text
 
 
+def test_the_audit_reads_what_the_leak_audit_returns():
+    found = {"seen": 10, "heldout": 5, "shared_names": 0, "shared_contents": 1, "trivial": 3, "shared_trivial": 2}
+    audit = Audit.of(found | {"examples": ["c7"], "clean": False})
+    assert audit == Audit(10, 5, 0, 1, 3, 2, ("c7",))
+    assert not audit.clean
+
+
 def test_an_empty_run_gives_a_report_that_claims_nothing():
     words = Page(report.render(Report("t", Config()))).words
     for text in ("No condition was held out", "No leak audit was recorded", "No training history was recorded"):
