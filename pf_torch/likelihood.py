@@ -19,6 +19,7 @@ At x = 0 all but - r log1p(mu/r) vanishes, so the rest is evaluated where x > 0 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -118,11 +119,11 @@ def digamma_difference(x: Tensor, r: Tensor) -> Tensor:
     return total
 
 
-def _where_counted(function: Any, x: Tensor, *others: Tensor) -> Tensor:
-    """function(x, *others) where x > 0, and 0 elsewhere: nine of ten counts are zero, where all of it vanishes."""
-    counted = x > 0
-    out = torch.zeros_like(x)
-    out[counted] = function(x[counted], *(other[counted] for other in others))
+def _where_counted(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(x, ...) where x > 0, and 0 elsewhere: nine of ten counts are zero, where all of it vanishes."""
+    counted = (tensors[0] > 0).nonzero(as_tuple=True) if tensors[0].ndim else tensors[0] > 0
+    out = torch.zeros_like(tensors[0])
+    out[counted] = function(*(tensor[counted] for tensor in tensors))
     return out
 
 
