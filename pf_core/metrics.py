@@ -78,12 +78,14 @@ def normalise(counts) -> Csr:
 class PCA:
     """Principal components of the real cells.
 
-    mean (n_genes,), components (n_components, n_genes) with orthonormal rows, variance (n_components,).
+    mean (n_genes,), components (n_components, n_genes) with orthonormal rows, variance (n_components,) along them,
+    share (n_components,) of the total variance.
     """
 
     mean: np.ndarray
     components: np.ndarray
     variance: np.ndarray
+    share: np.ndarray
 
     def transform(self, counts) -> np.ndarray:
         """Scores (n_cells, n_components) of raw counts, which are normalised first."""
@@ -113,7 +115,12 @@ def real_pca(counts: Csr, *, n: int = 20, seed: int = 0) -> PCA:
         raise ValueError(f"counts has shape {normalised.shape}; two cells and two genes are the least")
     # svd_flip inside fixes the signs by the largest loading of each component.
     fitted = SklearnPCA(n, svd_solver="arpack", random_state=seed).fit(normalised)
-    return PCA(np.asarray(fitted.mean_), np.asarray(fitted.components_), np.asarray(fitted.explained_variance_))
+    return PCA(
+        np.asarray(fitted.mean_),
+        np.asarray(fitted.components_),
+        np.asarray(fitted.explained_variance_),
+        np.asarray(fitted.explained_variance_ratio_),
+    )
 
 
 def pearson_delta(real: np.ndarray, predicted: np.ndarray, control: np.ndarray) -> float:

@@ -1,0 +1,154 @@
+"""Batches are pure functions of the step, see every cell once an epoch, and pad without adding weight."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pf_core.batches import CellSource, ConditionSource, JointSource, conditions, draw, epoch_slice
+from pf_core.config import Config, DataConfig, OperatorConfig, StageConfig, VAEConfig
+from pf_core.data import load
+from pf_core.fit import make_vocabulary, training_groups, validation_groups
+from pf_core.labels import CONTROL
+from pf_core.simulate import simulate
+from pf_core.splits import split
+
+CONFIG = Config(
+    data=DataConfig(genes=0),
+    vae=VAEConfig(n_hidden=7, n_latent=3),
+    operator=OperatorConfig(conditions_per_step=5, cells_per_condition=11),
+    stage_vae=StageConfig(batch_size=13, accumulate=2),
+)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    dataset = load(simulate(0, n_genes=23, n_control=17, n_single=11, n_pair=7), CONFIG.data)
+    cells = split(dataset, CONFIG.data, 0)
+    groups = training_groups(dataset, cells)
+    return dataset, cells, groups, make_vocabulary(dataset, groups)
+
+
+def latents_of(dataset) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((dataset.n_cells, 3))
+
+
+def test_an_epoch_takes_every_item_at_most_once_and_another_epoch_another_order():
+    taken = np.concatenate([epoch_slice(17, 5, 0, "x", index) for index in range(3)])
+    assert len(set(taken)) == 15
+    following = np.concatenate([epoch_slice(17, 5, 0, "x", index) for index in range(3, 6)])
+    assert list(taken) != list(following)
+
+
+def test_a_batch_does_not_depend_on_the_batches_before_it(parts):
+    dataset, cells, _, vocabulary = parts
+    first = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    second = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    for step in range(4):
+        first.batch(step, 0)
+    for one, other in zip(first.batch(9, 0), second.batch(9, 0), strict=True):
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_a_return_to_a_checkpoint_draws_other_batches(parts):
+    dataset, cells, _, vocabulary = parts
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    (first, eps), (again, eps_again) = source.batch(0, 0), source.batch(0, 1)
+    assert not np.array_equal(first["counts"], again["counts"])
+    assert not np.array_equal(eps["eps"], eps_again["eps"])
+
+
+def test_counts_tissue_and_library_of_a_batch_belong_to_the_same_cells(parts):
+    dataset, cells, _, vocabulary = parts
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    batch = source.cells(np.array([29, 3, 31]), 5)
+    np.testing.assert_array_equal(batch["library"][:3], batch["counts"][:3].sum(1))
+    assert [vocabulary.tissues[code] for code in batch["tissue"][:3]] == list(dataset.tissue[[29, 3, 31]])
+    assert list(batch["weight"]) == [1, 1, 1, 0, 0]
+    assert (batch["library"] > 0).all()
+
+
+def test_validation_covers_every_validation_cell_once(parts):
+    dataset, cells, _, vocabulary = parts
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    blocks = source.validation()
+    assert sum(weight for _, _, weight in blocks) == len(cells.validation)
+    counts = np.concatenate([batch["counts"][batch["weight"] > 0] for batch, _, _ in blocks])
+    np.testing.assert_array_equal(counts, dataset.dense(cells.validation))
+
+
+def test_conditions_sum_to_the_members_of_their_group(parts):
+    dataset, _, groups, vocabulary = parts
+    rows = conditions(groups, dataset.perturbations, vocabulary, "float64")
+    for row, group in enumerate(groups):
+        names = {
+            vocabulary.perturbations[code]
+            for code, dose in zip(rows["perturbations"][row], rows["doses"][row], strict=True)
+            if dose
+        }
+        assert names == (set() if group.label == CONTROL else set(group.label.split("+")))
+        assert vocabulary.tissues[rows["tissue"][row]] == group.tissue
+
+
+def test_both_sides_of_a_condition_come_from_its_own_cells_and_controls(parts):
+    dataset, _, groups, vocabulary = parts
+    latents = np.arange(dataset.n_cells, dtype=np.float64)[:, None].repeat(3, 1)  # a cell's latent is its index
+    config = replace(CONFIG, dtype="float64")
+    source = ConditionSource(latents, groups, [], dataset.perturbations, vocabulary, config)
+    batch, _ = source.batch(0, 0)
+    keys = {tuple(source.conditions["perturbations"][i]) + tuple(source.conditions["doses"][i]) for i in range(3)}
+    assert keys
+    for row in range(5):
+        x = batch["x"][0, row, batch["wx"][0, row] > 0, 0].astype(int)
+        y = batch["y"][0, row, batch["wy"][0, row] > 0, 0].astype(int)
+        assert dataset.is_control[x].all()
+        assert len(set(dataset.label[y])) == 1
+        assert set(dataset.cell_type[x]) == set(dataset.cell_type[y])
+        assert set(dataset.tissue[x]) == set(dataset.tissue[y])
+        assert not set(x) & set(y)
+        assert len(set(x)) == len(x)
+
+
+def test_contexts_that_share_an_operator_share_a_slot_and_count_once(parts):
+    dataset, _, groups, vocabulary = parts
+    source = ConditionSource(latents_of(dataset), groups, [], dataset.perturbations, vocabulary, CONFIG)
+    table = {}
+    for group, slot in zip(groups, source.slots, strict=True):
+        table.setdefault((group.label, group.tissue, group.batch), set()).add(slot)
+    assert all(len(slots) == 1 for slots in table.values())
+    assert len({next(iter(slots)) for slots in table.values()}) == len(table)
+    assert 0 not in source.slots
+    batch, _ = source.batch(0, 0)
+    used = batch["slot"][0][batch["distinct"][0] > 0]
+    assert len(set(used)) == len(used)
+    assert (batch["slot"][0][batch["distinct"][0] == 0] == 0).all()
+
+
+def test_validation_of_conditions_weighs_padding_with_nothing(parts):
+    dataset, cells, groups, vocabulary = parts
+    held = validation_groups(dataset, cells)
+    source = ConditionSource(latents_of(dataset), groups, held, dataset.perturbations, vocabulary, CONFIG)
+    for batch, _, weight in source.validation():
+        assert batch["weight"].sum() == weight
+        assert ((batch["wy"].sum(1) >= 5) | (batch["weight"] == 0)).all()
+
+
+def test_joint_batches_hold_the_counts_of_the_cells_they_name(parts):
+    dataset, cells, groups, vocabulary = parts
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    joint = JointSource(source, latents_of(dataset), groups, [], vocabulary, CONFIG)
+    batch, noise = joint.batch(0, 0)
+    assert batch["x_counts"].shape == (1, 5, 11, 23)
+    np.testing.assert_array_equal(batch["x_counts"].sum(-1), batch["x_library"])
+    assert batch["cells_counts"].shape == (1, 13, 23)
+    assert noise["eps"].shape == (1, 13, 3)
+
+
+def test_draw_is_without_replacement_and_pads_with_weight_zero():
+    chosen, weight = draw(np.array([4, 7, 9]), 5, np.random.default_rng(0))
+    assert sorted(chosen[:3]) == [4, 7, 9]
+    assert list(weight) == [1, 1, 1, 0, 0]
+    chosen, weight = draw(np.arange(100), 5, np.random.default_rng(0))
+    assert len(set(chosen)) == 5
+    assert weight.sum() == 5
