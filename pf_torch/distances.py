@@ -111,13 +111,14 @@ def _plain_gradient(
 
 
 def _block(
-    x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, smoothing: float, own: str = ""
+    x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, centre: Tensor, smoothing: float, own: str = ""
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One block of pairs: sum_ij wx_i wy_j |x_i - y_j|, and its gradients in x and y.
 
     Args:
-        x, y: (P, a, d) and (P, b, d), centred.
+        x, y: (P, a, d) and (P, b, d).
         wx, wy: (P, a) and (P, b), float64.
+        centre: (P, 1, d), subtracted for the Gram product; near pairs are taken as they came, where it would round.
         smoothing: added to the squared distances.
         own: "" for two different blocks; else y is x and its gradient is not wanted twice: "v" counts the pairs (i, i),
             whose distance is the root of the smoothing, and "u" leaves them out.
@@ -126,9 +127,10 @@ def _block(
         (P,) float64, (P, a, d) and (P, b, d), the last None for a block with itself.
     """
     # Cells of weight 0 are put far away, where their pairs are neither near nor infinite.
-    xx, yy = (torch.where(w > 0, (p * p).sum(-1), _FAR) for p, w in ((x, wx), (y, wy)))
+    cx, cy = _centred(x, wx, centre), _centred(y, wy, centre)
+    xx, yy = (torch.where(w > 0, (p * p).sum(-1), _FAR) for p, w in ((cx, wx), (cy, wy)))
     scale = xx[:, :, None] + yy[:, None]
-    squared = torch.baddbmm(scale, x, y.mT, alpha=-2.0)
+    squared = torch.baddbmm(scale, cx, cy.mT, alpha=-2.0)
     near = squared <= scale.mul_(_NEAR)
     if own:
         squared.diagonal(dim1=1, dim2=2).zero_()
@@ -154,8 +156,8 @@ def _block(
         strength = torch.where(distance[g, a, b] > 0, pull[g, a, b], 0.0)
         forces.append((g, a, b, (x[g, a] - y[g, b]) * strength[:, None]))
     pull[group, i, j] = 0.0
-    gx = x * pull.sum(2)[..., None] - torch.matmul(pull, y)
-    gy = None if own else y * pull.sum(1)[..., None] - torch.matmul(pull.mT, x)
+    gx = cx * pull.sum(2)[..., None] - torch.matmul(pull, cy)
+    gy = None if own else cy * pull.sum(1)[..., None] - torch.matmul(pull.mT, cx)
     for g, a, b, force in forces:
         gx.index_put_((g, a), force, accumulate=True)
         if gy is not None:
@@ -166,12 +168,11 @@ def _block(
 def _between(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, smoothing: float, tile: int) -> tuple[Tensor, ...]:
     """sum_ij wx_i wy_j |x_i - y_j| over all tiles, and its gradients."""
     centre = 0.5 * (_mean(x, wx) + _mean(y, wy))
-    x, y = _centred(x, wx, centre), _centred(y, wy, centre)
     value, gx, gy = torch.zeros_like(wx[:, 0]), torch.zeros_like(x), torch.zeros_like(y)
     for i in range(0, x.shape[1], tile):
         for j in range(0, y.shape[1], tile):
             a, b = slice(i, i + tile), slice(j, j + tile)
-            part, part_x, part_y = _block(x[:, a], y[:, b], wx[:, a], wy[:, b], smoothing)
+            part, part_x, part_y = _block(x[:, a], y[:, b], wx[:, a], wy[:, b], centre, smoothing)
             value += part
             gx[:, a] += part_x
             gy[:, b] += part_y  # type: ignore[operator]
@@ -180,12 +181,13 @@ def _between(x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, smoothing: float, til
 
 def _within(x: Tensor, w: Tensor, smoothing: float, tile: int, estimator: str) -> tuple[Tensor, Tensor]:
     """sum_ii' w_i w_i' |x_i - x_i'| over the upper tiles, each of which stands for its mirror image; its gradient."""
-    x = _centred(x, w, _mean(x, w))
+    centre = _mean(x, w)
     value, gx = torch.zeros_like(w[:, 0]), torch.zeros_like(x)
     for i in range(0, x.shape[1], tile):
         for j in range(i, x.shape[1], tile):
             a, b = slice(i, i + tile), slice(j, j + tile)
-            part, part_a, part_b = _block(x[:, a], x[:, b], w[:, a], w[:, b], smoothing, estimator if i == j else "")
+            own = estimator if i == j else ""
+            part, part_a, part_b = _block(x[:, a], x[:, b], w[:, a], w[:, b], centre, smoothing, own)
             value += part if i == j else 2.0 * part
             gx[:, a] += 2.0 * part_a
             if part_b is not None:
