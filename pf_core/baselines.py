@@ -26,9 +26,9 @@ import numpy as np
 from scipy import sparse
 
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
+from pf_core.labels import CONTROL
 from pf_core.outputs import BLOCK, Csr, Means
 
-CONTROL = "control"
 Context = tuple[str, str]  # tissue, cell type
 
 

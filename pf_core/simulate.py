@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from pf_core.config import RHO_MAX
+from pf_core.labels import CONTROL
 from pf_core.noise import generator
 from pf_core.outputs import BLOCK, Csr, sample
 
-CONTROL = "control"
 TISSUES = ("tissue1", "tissue2")
 CELL_TYPES = ("type1", "type2", "type3")
 BATCHES = ("batch1", "batch2")

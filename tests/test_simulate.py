@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from pf_core.config import RHO_MAX
+from pf_core.labels import CONTROL
 from pf_core.metrics import energy_distance, real_pca
 from pf_core.noise import generator
-from pf_core.simulate import CELL_TYPES, CONTROL, TISSUES, demo_holdout, draw, operator, simulate
+from pf_core.simulate import CELL_TYPES, TISSUES, demo_holdout, draw, operator, simulate
 
 
 @pytest.fixture(scope="module")
