@@ -1,0 +1,162 @@
+"""Small made-up problems with prime sizes: configurations, parameters off their initial values, batches and noise."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from pf_core.config import Config, OperatorConfig, StageConfig, VAEConfig
+from pf_core.initial import Sizes, operator_parameters, vae_parameters
+from pf_core.noise import generator
+
+Arrays = dict[str, np.ndarray]
+
+N_GENES, N_TISSUES, N_PERTURBATIONS, N_BATCHES, N_COVARIATES = 13, 3, 7, 2, 1
+N_CELLS, N_CONDITIONS, N_X, N_Y, N_MEMBERS = 11, 5, 7, 3, 2
+SIZES = Sizes(N_GENES, N_TISSUES, N_PERTURBATIONS, N_BATCHES, N_COVARIATES)
+
+
+def configuration(**changes: Any) -> Config:
+    """A tiny configuration; keys with a dot change a field of a section, as in vae.scale."""
+    stage = StageConfig(max_norm=1.7, weight_decay=0.01, learning_rate=3e-3)
+    config = Config(
+        vae=VAEConfig(n_hidden=17, n_latent=5),
+        operator=OperatorConfig(
+            n_embedding=3, n_tissue_embedding=2, n_theta=5, n_bases=2, n_hidden=7, power_iterations=2, rho_max=0.9
+        ),
+        stage_vae=stage,
+        stage_operator=stage,
+        stage_joint=stage,
+    )
+    for key, value in changes.items():
+        section, name = key.split("__")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
+
+
+def parameters(config: Config, seed: int = 1, *, off: float = 0.3, features: bool = False) -> Arrays:
+    """Every parameter, moved away from its initial value by `off` times a normal draw."""
+    sizes = replace(SIZES, n_features=4) if features else SIZES
+    params = vae_parameters(config.vae, sizes, seed)
+    params |= operator_parameters(config.operator, config.vae.n_latent, sizes, seed)
+    for name, value in params.items():
+        # Square matrices must not be symmetric, or a transposed one would pass: the draw sees to that.
+        params[name] = value + off * generator(seed, "off." + name).standard_normal(value.shape)
+    if features:
+        params["conditions.features"] = generator(seed, "features").standard_normal((N_PERTURBATIONS, 4))
+    return params
+
+
+def trainable(stage: str, params: Arrays) -> Arrays:
+    """The parameters that a stage trains."""
+    prefixes = {"vae": ("vae.",), "operator": ("conditions.", "operators."), "joint": ("vae.", "conditions.", "operators.")}
+    return {k: v for k, v in params.items() if k.startswith(prefixes[stage]) and k != "conditions.features"}
+
+
+def _counts(draw: np.random.Generator, *shape: int) -> np.ndarray:
+    """Counts of uneven depth, with zeros and a few large ones."""
+    rate = np.exp(draw.normal(0.5, 1.2, (*shape, N_GENES)))
+    return draw.poisson(rate * draw.gamma(1.5, 1.0, (*shape, 1))).astype(np.float64)
+
+
+def vae_batch(index: int = 0, *, n_cells: int = N_CELLS) -> Arrays:
+    draw = generator(7, "vae.batch", index)
+    counts = _counts(draw, n_cells)
+    weight = draw.uniform(0.5, 1.5, n_cells)
+    weight[-1] = 0.0  # a padding row
+    return {
+        "counts": counts,
+        "tissue": draw.integers(0, N_TISSUES, n_cells).astype(np.int32),
+        "library": np.maximum(counts.sum(axis=1), 1.0),
+        "weight": weight,
+    }
+
+
+def condition_batch(index: int = 0, n_conditions: int = N_CONDITIONS) -> Arrays:
+    """Conditions with a control (doses 0), a pair, an unknown member, a fractional dose and a pooled batch."""
+    draw = generator(7, "conditions.batch", index)
+    members = draw.integers(1, N_PERTURBATIONS, (n_conditions, N_MEMBERS)).astype(np.int32)
+    doses = draw.uniform(0.25, 2.0, (n_conditions, N_MEMBERS))
+    doses[0] = 0.0
+    doses[1, 1] = 0.0
+    members[2, 0] = 0
+    batch = np.eye(N_BATCHES)[draw.integers(0, N_BATCHES, n_conditions)]
+    batch[1] = 0.0
+    return {
+        "perturbations": members,
+        "doses": doses,
+        "tissue": draw.permutation(n_conditions).astype(np.int32) % N_TISSUES,
+        "batch": batch,
+        "covariates": draw.normal(0, 1, (n_conditions, N_COVARIATES)),
+    }
+
+
+def operator_batch(config: Config, index: int = 0, *, offset: float = 0.0) -> Arrays:
+    """Groups of unequal size; the last group is padding (weight 0, slot 0)."""
+    draw = generator(7, "operator.batch", index)
+    batch = condition_batch(index)
+    d, n = config.vae.n_latent, N_CONDITIONS
+    wx = draw.uniform(0.5, 1.5, (n, N_X)) * (np.arange(N_X) < draw.integers(3, N_X + 1, (n, 1)))
+    wy = (np.arange(N_Y) < draw.integers(2, N_Y + 1, (n, 1))).astype(float)
+    weight = draw.uniform(0.5, 1.5, n)
+    slot = draw.permutation(n).astype(np.int32) + 1
+    weight[-1], wx[-1], wy[-1], slot[-1] = 0.0, 0.0, 0.0, 0
+    return batch | {
+        "x": offset + draw.normal(0, 1, (n, N_X, d)),
+        "y": offset + draw.normal(0.3, 1.4, (n, N_Y, d)),
+        "wx": wx,
+        "wy": wy,
+        "weight": weight,
+        "slot": slot,
+    }
+
+
+def joint_batch(config: Config, index: int = 0) -> Arrays:
+    draw = generator(7, "joint.batch", index)
+    batch = operator_batch(config, index)
+    for side, n in (("x", N_X), ("y", N_Y)):
+        del batch[side]
+        counts = _counts(draw, N_CONDITIONS, n)
+        batch[f"{side}_counts"] = counts
+        batch[f"{side}_library"] = np.maximum(counts.sum(axis=-1), 1.0)
+    return batch | {f"cells_{name}": value for name, value in vae_batch(index).items()}
+
+
+def batch_of(stage: str, config: Config, index: int = 0) -> Arrays:
+    if stage == "vae":
+        return vae_batch(index)
+    return operator_batch(config, index) if stage == "operator" else joint_batch(config, index)
+
+
+def noise_of(stage: str, config: Config, index: int = 0) -> Arrays:
+    d = config.vae.n_latent
+    noise = {}
+    if stage in ("vae", "joint"):
+        noise["eps"] = generator(7, "eps", index).standard_normal((N_CELLS, d))
+    if stage in ("operator", "joint"):
+        noise["v0"] = generator(7, "v0", index).standard_normal((N_CONDITIONS, d))
+    return noise
+
+
+def carry_of(stage: str, config: Config) -> Arrays:
+    """The carried vectors of the power iteration; row 0 is for padding."""
+    d = config.vae.n_latent
+    if stage == "vae":
+        return {}
+    if config.operator.spectral_target == "operators":
+        return {"v": generator(7, "carry.v").standard_normal((N_CONDITIONS + 2, d))}
+    return {"v_bases": generator(7, "carry.v").standard_normal((N_TISSUES + config.operator.n_bases, d))}
+
+
+def moments(params: Arrays, seed: int = 5) -> tuple[Arrays, Arrays]:
+    """Adam's moments as after some steps: neither zero nor equal."""
+    m = {name: 0.1 * generator(seed, "m." + name).standard_normal(p.shape) for name, p in params.items()}
+    v = {name: generator(seed, "v." + name).uniform(0.01, 0.2, p.shape) for name, p in params.items()}
+    return m, v
+
+
+def stacked(trees: list[Arrays]) -> Arrays:
+    """Leaves stacked along a new first axis."""
+    return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
