@@ -16,7 +16,7 @@ from pf_torch.conditions import ConditionEncoder
 from pf_torch.layers import select
 from pf_torch.operators import OperatorFamily
 from pf_torch.probe import recording
-from pf_torch.steps import TrainState, evaluate, init_state, joint_loss, operator_loss, run_steps, vae_loss
+from pf_torch.steps import TrainState, check_stage, evaluate, init_state, run_steps, stage_loss
 from pf_torch.vae import NBVAE
 
 __all__ = ["Backend", "gradient_health", "synchronize", "to_backend", "to_numpy", "value_and_grad"]
@@ -201,7 +201,7 @@ class Backend:
         carry: Arrays | None = None,
     ) -> TrainState:
         """A training state on the device, see `init_state`."""
-        _stage(stage)
+        check_stage(stage)
         return init_state(
             params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype, device=self.device
         )
@@ -298,10 +298,9 @@ class Backend:
         weights = self._to(dict(params))
         trained = {name: weights[name] for name in sorted(trainable)}
         frozen = {name: value for name, value in weights.items() if name not in trained}
-        data = [self._to(dict(tree)) for tree in (batch, noise, carry)]
-        output, grads = value_and_grad(
-            lambda leaves: _stage(stage)({**frozen, **leaves}, *data, config, hyper["beta"])[0], trained
-        )
+        given, noise_, carry_ = (self._to(dict(tree)) for tree in (batch, noise, carry))
+        loss = lambda leaves: stage_loss(stage, {**frozen, **leaves}, given, noise_, carry_, config, hyper["beta"])[0]
+        output, grads = value_and_grad(loss, trained)
         return float(output), to_numpy(grads)
 
     def diagnose(
@@ -339,17 +338,3 @@ class Backend:
 
     def _vae(self, params: Arrays, config: Config) -> NBVAE:
         return NBVAE(config.vae, select(self._to(dict(params)), "vae"))
-
-
-def _stage(stage: str) -> Callable[..., Any]:
-    """The loss of a stage, as a function of (params, batch, noise, carry, config, beta)."""
-    losses: dict[str, Callable[..., Any]] = {
-        "vae": lambda p, batch, noise, carry, config, beta: vae_loss(p, batch, noise, config=config, beta=beta),
-        "operator": lambda p, batch, noise, carry, config, beta: operator_loss(p, batch, noise, carry, config=config),
-        "joint": lambda p, batch, noise, carry, config, beta: joint_loss(
-            p, batch, noise, carry, config=config, beta=beta
-        ),
-    }
-    if stage not in losses:
-        raise ValueError(f"stage is {stage!r}; one of {', '.join(map(repr, losses))} was wanted")
-    return losses[stage]

@@ -235,18 +235,23 @@ def joint_loss(
     return loss, ({**parts, "gene_energy": gene_energy.detach(), **cell_parts}, carry)
 
 
-def _loss(
+def check_stage(stage: str) -> None:
+    """Raise ValueError unless the stage is one of the three."""
+    if stage not in ("vae", "operator", "joint"):
+        raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
+
+
+def stage_loss(
     stage: str, params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, config: Config, beta: float | Tensor
 ) -> LossOutput:
-    """The loss of a stage; a stage without carry hands it through."""
+    """The loss of a stage by its name; the first stage hands the carry through."""
+    check_stage(stage)
     if stage == "vae":
         loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
         return loss, (parts, carry)
     if stage == "operator":
         return operator_loss(params, batch, noise, carry, config=config)
-    if stage == "joint":
-        return joint_loss(params, batch, noise, carry, config=config, beta=beta)
-    raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
+    return joint_loss(params, batch, noise, carry, config=config, beta=beta)
 
 
 # --- optimiser ----------------------------------------------------------------------------------------------------
@@ -319,7 +324,7 @@ def _step(
     noise: Tensors,
     hyper: Mapping[str, Any],
     config: Config,
-    loss_function: Callable[..., LossOutput] = _loss,
+    loss_function: Callable[..., LossOutput] = stage_loss,
 ) -> tuple[TrainState, dict[str, Any]]:
     """Mean gradient over micro-batches, clip, Adam; the old state where anything is not finite."""
     settings = getattr(config, f"stage_{stage}")
@@ -414,7 +419,8 @@ def run_steps(
     Raises:
         ValueError: no such stage.
     """
-    loss_function = torch.compile(_loss, dynamic=False) if compile else _loss
+    check_stage(stage)
+    loss_function = torch.compile(stage_loss, dynamic=False) if compile else stage_loss
     collected = []
     for index in range(len(hypers["lr"])):
         hyper = {name: torch.as_tensor(values[index]) for name, values in hypers.items()}
@@ -434,5 +440,5 @@ def evaluate(
         The parts of the stage's loss, and "loss".
     """
     with torch.no_grad():
-        loss, (parts, _) = _loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, config, beta)
+        loss, (parts, _) = stage_loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, config, beta)
     return {**parts, "loss": loss}
