@@ -237,7 +237,11 @@ def _pass(x, y, wx, wy, smoothing: float, tile: int, symmetric: bool):
         value, gx, gy = carry
         i, j, count = pair[0] * tile, pair[1] * tile, pair[2].astype(x.dtype)
         part, part_x, part_y = _block(
-            slice_of(x, i, axis=-2), slice_of(y, j, axis=-2), slice_of(wx, i, axis=-1), slice_of(wy, j, axis=-1), smoothing
+            slice_of(x, i, axis=-2),
+            slice_of(y, j, axis=-2),
+            slice_of(wx, i, axis=-1),
+            slice_of(wy, j, axis=-1),
+            smoothing,
         )
         return (value + count * part, _add(gx, count * part_x, i), _add(gy, count * part_y, j)), None
 

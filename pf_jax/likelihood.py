@@ -110,7 +110,10 @@ def _series_2(z: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _stirling_error(r: jax.Array) -> jax.Array:
-    """S(r) for any r > 0: below `_few` = n by S(r) = S(r + n) - n + (r + 1/2) log((r + n)/r) - log prod (r + j)/(r + n)."""
+    """S(r) for any r > 0.
+
+    Below n = `_few` by S(r) = S(r + n) - n + (r + 1/2) log((r + n) / r) - log prod_{0 < j < n} (r + j) / (r + n).
+    """
     n = _few(r.dtype)
     low = jnp.minimum(r, n)  # beyond n the shifted form would cancel, and it is not used
     y = low + n
@@ -321,9 +324,7 @@ def _log_prob(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:
     logarithm = jnp.log(jnp.where(few, product, big * (big + r)))
     constant = 0.5 * jnp.log(r) - _stirling_error(r) - _HALF_LOG_2PI
     stirling = _series(big + r) - _series(big) + constant
-    return jnp.where(
-        few, logarithm + r * log_r_share, stirling - 0.5 * logarithm - big * deviance_x - r * deviance_r
-    )
+    return jnp.where(few, logarithm + r * log_r_share, stirling - 0.5 * logarithm - big * deviance_x - r * deviance_r)
 
 
 def _log_prob_mu(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
-import jax
+from jax.core import Tracer
 
 __all__ = ["record", "recording"]
 
@@ -27,7 +27,7 @@ def record(name: str, value: Value) -> Value:
     """
     store = _active.get()
     # twin: a value that is being traced has no numbers yet, and keeping it would leak the tracer.
-    if store is not None and not isinstance(value, jax.core.Tracer):
+    if store is not None and not isinstance(value, Tracer):
         store[name] = value
     return value
 

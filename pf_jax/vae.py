@@ -15,7 +15,7 @@ from pf_jax.layers import Linear
 from pf_jax.likelihood import inverse_dispersion, reparameterize
 from pf_jax.probe import record
 
-__all__ = ["Decoder", "Encoder", "NBVAE"]
+__all__ = ["NBVAE", "Decoder", "Encoder"]
 
 
 class Encoder(nnx.Module):

@@ -1,0 +1,105 @@
+"""The JAX twin: likelihood, NB-VAE, operators, distances and training steps, compiled.
+
+`pf_torch` holds the same names with the same arguments. All randomness is an argument; parameters are plain
+dictionaries of canonical names, which the Flax NNX modules are constructed from.
+"""
+
+from pf_jax.bridge import Backend, gradient_health, synchronize, to_backend, to_numpy, value_and_grad
+from pf_jax.conditions import ConditionEncoder
+from pf_jax.distances import energy_distance, energy_distance_grouped, sliced_energy_distance
+from pf_jax.layers import Linear
+from pf_jax.likelihood import (
+    digamma_difference,
+    elbo_loss,
+    gaussian_kl,
+    inverse_dispersion,
+    lgamma_difference,
+    nb_log_prob,
+    nb_log_prob_elements,
+    reparameterize,
+    strict_clip,
+)
+from pf_jax.operators import (
+    OperatorFamily,
+    apply_operator,
+    commutator_norm,
+    compose,
+    identity_penalty,
+    response_profile,
+)
+from pf_jax.probe import record, recording
+from pf_jax.spectral import (
+    generator_penalty,
+    operator_norm,
+    power_iteration,
+    spectral_norm,
+    spectral_penalty,
+    spectral_radius,
+)
+from pf_jax.steps import (
+    TrainState,
+    adam_update,
+    clip_by_global_norm,
+    evaluate,
+    init_state,
+    joint_loss,
+    joint_step,
+    operator_loss,
+    operator_step,
+    run_steps,
+    vae_loss,
+    vae_step,
+)
+from pf_jax.vae import NBVAE, Decoder, Encoder
+
+__all__ = [
+    "NBVAE",
+    "Backend",
+    "ConditionEncoder",
+    "Decoder",
+    "Encoder",
+    "Linear",
+    "OperatorFamily",
+    "TrainState",
+    "adam_update",
+    "apply_operator",
+    "clip_by_global_norm",
+    "commutator_norm",
+    "compose",
+    "digamma_difference",
+    "elbo_loss",
+    "energy_distance",
+    "energy_distance_grouped",
+    "evaluate",
+    "gaussian_kl",
+    "generator_penalty",
+    "gradient_health",
+    "identity_penalty",
+    "init_state",
+    "inverse_dispersion",
+    "joint_loss",
+    "joint_step",
+    "lgamma_difference",
+    "nb_log_prob",
+    "nb_log_prob_elements",
+    "operator_loss",
+    "operator_norm",
+    "operator_step",
+    "power_iteration",
+    "record",
+    "recording",
+    "reparameterize",
+    "response_profile",
+    "run_steps",
+    "sliced_energy_distance",
+    "spectral_norm",
+    "spectral_penalty",
+    "spectral_radius",
+    "strict_clip",
+    "synchronize",
+    "to_backend",
+    "to_numpy",
+    "vae_loss",
+    "vae_step",
+    "value_and_grad",
+]

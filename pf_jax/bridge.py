@@ -1,0 +1,574 @@
+"""Arrays and parameters in and out, gradients with their paths, and the Backend that pf_core trains with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Device
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from pf_core.config import Config
+from pf_core.health import Health, health_of
+from pf_core.initial import select
+from pf_jax import steps
+from pf_jax.conditions import ConditionEncoder
+from pf_jax.layers import PRECISION
+from pf_jax.operators import OperatorFamily
+from pf_jax.probe import recording
+from pf_jax.steps import Stage
+from pf_jax.vae import NBVAE
+
+__all__ = ["Backend", "gradient_health", "synchronize", "to_backend", "to_numpy", "value_and_grad"]
+
+DTYPES = ("float32", "float64")
+Numpy = dict[str, np.ndarray]
+# Equations whose outputs feed their inputs again: every output is taken to depend on every input.
+_LOOPS = ("scan", "while")
+
+
+def to_backend(tree: Any, dtype: str | None = None, device: str | None = None) -> Any:
+    """Arrays of any kind as arrays of this framework, always copied.
+
+    Nothing is differentiated.
+
+    Args:
+        tree: an array, or a nested container of arrays.
+        dtype: "float32" or "float64" for the floating leaves; None keeps theirs. Integers become 32-bit.
+        device: "cpu", "gpu" or "tpu"; None for the default device.
+
+    Returns:
+        The same structure.
+
+    Raises:
+        ValueError: an unknown dtype, a device that is not there, or an integer beyond 32 bits.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} was wanted")
+    place = _device(device) if device is not None else None
+    return jax.tree.map(lambda leaf: _leaf_to_backend(leaf, dtype, place), tree)
+
+
+def _leaf_to_backend(leaf: Any, dtype: str | None, place: Device | None) -> jax.Array:
+    array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    kind: Any = array.dtype
+    if np.issubdtype(kind, np.floating):
+        kind = np.dtype(dtype or kind)
+    elif np.issubdtype(kind, np.integer):
+        limits = np.iinfo(np.int32)
+        if kind.itemsize > 4 and array.size and (array.min() < limits.min or array.max() > limits.max):
+            raise ValueError(f"an integer array reaches {array.min()} to {array.max()}; 32-bit integers were wanted")
+        kind = np.dtype(np.int32)
+    if kind == np.float64:
+        # twin: without this flag JAX hands out float32 where float64 was asked for, without a word.
+        jax.config.update("jax_enable_x64", True)
+    return jax.device_put(jnp.array(array, dtype=kind, copy=True), place)
+
+
+def to_numpy(tree: Any) -> Any:
+    """Arrays of this framework as NumPy arrays that own their memory.
+
+    Nothing is differentiated.
+
+    Args:
+        tree: an array, or a nested container of arrays.
+
+    Returns:
+        The same structure.
+    """
+    return jax.tree.map(lambda leaf: np.array(leaf, copy=True), tree)
+
+
+def synchronize(tree: Any) -> Any:
+    """Wait until the arrays are computed; for timing.
+
+    Args:
+        tree: an array, or a nested container of arrays.
+
+    Returns:
+        tree.
+    """
+    return jax.block_until_ready(tree)
+
+
+def value_and_grad(
+    function: Callable[..., jax.Array], params: Mapping[str, jax.Array], *args: Any
+) -> tuple[jax.Array, dict[str, jax.Array | None]]:
+    """Value of function(params, *args) and its gradient in every parameter.
+
+    A gradient is None where no path leads from the parameter to the value, as distinct from a gradient that is zero.
+
+    Args:
+        function: (params, *args) -> () value.
+        params: by name.
+        args: further arguments, not differentiated.
+
+    Returns:
+        value (), and {name: gradient or None}.
+    """
+    params = dict(params)
+    value, grads = jax.value_and_grad(function)(params, *args)
+    names = sorted(params)
+
+    def gradients(params, args):
+        grads = jax.grad(function)(params, *args)
+        return [grads[name] for name in names]
+
+    # A gradient without a path is a constant zero: its part of the program reads no input, and it is zero.
+    program = jax.make_jaxpr(gradients)(params, args).jaxpr
+    reads = dict(zip(names, _reads_input(program, [True] * len(program.invars)), strict=True))
+    return value, {name: grads[name] if reads[name] or bool((grads[name] != 0).any()) else None for name in params}
+
+
+def _reads_input(program: Jaxpr, inputs: list[bool]) -> list[bool]:
+    """Which outputs of a program depend on the marked inputs, or on constants (data that a function closes over)."""
+    reading = {var for var, marked in zip(program.invars, inputs, strict=True) if marked} | set(program.constvars)
+
+    def marks(variables: Sequence[Any]) -> list[bool]:
+        return [not isinstance(var, Literal) and var in reading for var in variables]
+
+    for equation in program.eqns:
+        marked = marks(equation.invars)
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        shape = (len(equation.invars), len(equation.outvars))
+        if any(marked) and equation.primitive.name not in _LOOPS and isinstance(inner, Jaxpr):
+            if (len(inner.invars), len(inner.outvars)) == shape:
+                outputs = _reads_input(inner, marked)
+                reading.update(var for var, mark in zip(equation.outvars, outputs, strict=True) if mark)
+                continue
+        if any(marked):
+            reading.update(equation.outvars)
+    return marks(program.outvars)
+
+
+def gradient_health(grads: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Health]:
+    """A verdict on every gradient.
+
+    Args:
+        grads: {name: gradient or None}, as `value_and_grad` returns them.
+        params: parameters by name.
+
+    Returns:
+        {name: Health}, verdict "none", "zero", "tiny", "huge", "non-finite" or "ok".
+    """
+    return {
+        name: health_of(None if grad is None else np.asarray(grad), np.asarray(params[name]))
+        for name, grad in grads.items()
+    }
+
+
+# --- compiled functions of whole parameter dictionaries ------------------------------------------------------------
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _encode(params, counts, tissue, config: Config):
+    return NBVAE(config.vae, select(params, "vae")).encode(counts, tissue)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _decode(params, z, tissue, library, config: Config):
+    return NBVAE(config.vae, select(params, "vae")).decode(z, tissue, library)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _decode_jvp(params, z, direction, tissue, library, config: Config):
+    vae = NBVAE(config.vae, select(params, "vae"))
+    return jax.jvp(lambda z: vae.decode(z, tissue, library), (z,), (direction,))[1]
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _dispersion(params, tissue, config: Config):
+    return NBVAE(config.vae, select(params, "vae")).dispersion(tissue)
+
+
+@jax.jit
+def _operators(params, conditions):
+    theta = ConditionEncoder(select(params, "conditions"))(**conditions)
+    family = OperatorFamily(select(params, "operators"))
+    alpha, beta = family.coefficients(theta)
+    A, b = family.operator(theta, conditions["tissue"])
+    return {"theta": theta, "alpha": alpha, "beta": beta, "A": A, "b": b}
+
+
+class Backend:
+    """What pf_core uses: NumPy in and out, a training state that only this class looks into.
+
+    Args:
+        dtype: "float32" or "float64".
+        device: "cpu", "gpu" ("cuda" is the same) or "tpu".
+        compile: here for the other twin; this one always compiles.
+
+    Raises:
+        ValueError: an unknown dtype, or a device that is not there.
+    """
+
+    name = "jax"
+
+    def __init__(self, dtype: str = "float32", device: str = "cpu", compile: bool = False):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} was wanted")
+        if dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+        self.dtype, self.device = dtype, device
+        self._place = _device(device)
+        self._cached: tuple[tuple[int, ...], Any, dict[str, jax.Array]] | None = None
+
+    def describe(self) -> dict[str, str]:
+        """Versions, device, dtype and matmul precision.
+
+        Returns:
+            {name: text}.
+        """
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")}
+        device = f"{self._place.platform}: {self._place.device_kind}"
+        return versions | {"device": device, "dtype": self.dtype, "precision": str(PRECISION).lower()}
+
+    # --- training ---
+
+    def init(
+        self,
+        stage: Stage,
+        params: Mapping[str, np.ndarray],
+        *,
+        trainable: Any,
+        m: Mapping[str, np.ndarray] | None = None,
+        v: Mapping[str, np.ndarray] | None = None,
+        count: int = 0,
+        carry: Mapping[str, np.ndarray] | None = None,
+    ) -> steps.TrainState:
+        """The state of a run.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            m: first moments by name; None for zeros.
+            v: second moments by name; None for zeros.
+            count: updates done so far.
+            carry: vectors of the power iteration; None for none.
+
+        Returns:
+            An opaque state for `run`, `evaluate` and `export`.
+
+        Raises:
+            ValueError: an unknown stage or trainable name, or moments of other names or shapes.
+        """
+        steps.check_stage(stage)
+        with jax.default_device(self._place):
+            return steps.init_state(params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype)
+
+    def run(
+        self, stage: Stage, state: Any, batches: Numpy, noises: Numpy, hypers: Numpy, config: Config
+    ) -> tuple[Any, dict[str, Any]]:
+        """Many steps in one call. The state that is passed in is used up.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            state: from `init` or `run`.
+            batches: leaves (n_steps, n_micro, ...).
+            noises: the same.
+            hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
+            config: the run.
+
+        Returns:
+            state, and the metrics of every step as NumPy.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
+        steps.check_stage(stage)
+        self._check_indices(state.params | state.frozen, state.carry, batches)
+        state, metrics = steps.run_steps(
+            stage, state, self._arrays(batches), self._arrays(noises), self._arrays(hypers), config=config
+        )
+        return state, to_numpy(metrics)
+
+    def evaluate(
+        self, stage: Stage, state: Any, batch: Numpy, noise: Numpy, config: Config, beta: float
+    ) -> dict[str, float]:
+        """Loss of a stage and its parts, without an update.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            state: from `init` or `run`.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            config: the run.
+            beta: weight of the KL divergence.
+
+        Returns:
+            {name: number}.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
+        steps.check_stage(stage)
+        self._check_indices(state.params | state.frozen, state.carry, batch)
+        parts = steps.evaluate(stage, state, self._arrays(batch), self._arrays(noise), config=config, beta=beta)
+        return {name: float(value) for name, value in parts.items()}
+
+    def export(self, state: Any) -> dict[str, Any]:
+        """The state in canonical form; `init` takes it back bit by bit.
+
+        Args:
+            state: from `init` or `run`.
+
+        Returns:
+            {"params", "m", "v", "carry"} of NumPy arrays by name, and "count".
+        """
+        return {
+            "params": to_numpy(state.frozen | state.params),
+            "m": to_numpy(state.m),
+            "v": to_numpy(state.v),
+            "count": int(state.count),
+            "carry": to_numpy(state.carry),
+        }
+
+    # --- using a model ---
+
+    def encode(
+        self, params: Mapping[str, np.ndarray], counts: np.ndarray, tissue: np.ndarray, config: Config
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Posterior mean and unclipped log variance.
+
+        Args:
+            params: canonical parameters.
+            counts: (n_cells, n_genes).
+            tissue: (n_cells,).
+            config: the run.
+
+        Returns:
+            z_mu and z_logvar, each (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has, or an index beyond its table.
+        """
+        self._check_indices(params, {}, {"tissue": tissue})
+        inputs = self._arrays((counts, tissue))
+        return to_numpy(_encode(self._parameters(params), *inputs, config=config))
+
+    def decode(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        tissue: np.ndarray,
+        library: np.ndarray,
+        config: Config,
+    ) -> np.ndarray:
+        """Mean counts.
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent).
+            tissue: (n_cells,).
+            library: (n_cells,) total counts.
+            config: the run.
+
+        Returns:
+            (n_cells, n_genes).
+
+        Raises:
+            ValueError: another number of latents than the model has, or an index beyond its table.
+        """
+        self._check_indices(params, {}, {"tissue": tissue})
+        inputs = self._arrays((z, tissue, library))
+        return to_numpy(_decode(self._parameters(params), *inputs, config=config))
+
+    def decode_jacobian_vector(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        direction: np.ndarray,
+        tissue: np.ndarray,
+        library: np.ndarray,
+        config: Config,
+    ) -> np.ndarray:
+        """Derivative of the mean counts at z in a latent direction.
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent).
+            direction: (n_cells, n_latent).
+            tissue: (n_cells,).
+            library: (n_cells,) total counts.
+            config: the run.
+
+        Returns:
+            (n_cells, n_genes).
+
+        Raises:
+            ValueError: another number of latents than the model has, or an index beyond its table.
+        """
+        self._check_indices(params, {}, {"tissue": tissue})
+        inputs = self._arrays((z, direction, tissue, library))
+        return to_numpy(_decode_jvp(self._parameters(params), *inputs, config=config))
+
+    def dispersion(self, params: Mapping[str, np.ndarray], tissue: np.ndarray, config: Config) -> np.ndarray:
+        """Inverse dispersion of every gene.
+
+        Args:
+            params: canonical parameters.
+            tissue: (n_cells,).
+            config: the run.
+
+        Returns:
+            (n_genes,), or (n_cells, n_genes) for "gene-tissue".
+
+        Raises:
+            ValueError: an index beyond its table.
+        """
+        self._check_indices(params, {}, {"tissue": tissue})
+        return to_numpy(_dispersion(self._parameters(params), self._arrays(tissue), config=config))
+
+    def operators(self, params: Mapping[str, np.ndarray], conditions: Numpy, config: Config) -> Numpy:
+        """The operators of conditions, and what they are made of.
+
+        Args:
+            params: canonical parameters.
+            conditions: perturbations, doses, tissue, batch, covariates, as for `ConditionEncoder`.
+            config: the run.
+
+        Returns:
+            theta, alpha, beta, A and b, each with a leading axis of conditions.
+
+        Raises:
+            ValueError: widths that do not fit, or an index beyond its table.
+        """
+        self._check_indices(params, {}, conditions)
+        return to_numpy(_operators(self._parameters(params), self._arrays(dict(conditions))))
+
+    # --- diagnosis ---
+
+    def gradients(
+        self,
+        stage: Stage,
+        params: Mapping[str, np.ndarray],
+        trainable: Any,
+        batch: Numpy,
+        noise: Numpy,
+        hyper: Mapping[str, float],
+        carry: Numpy | None,
+        config: Config,
+    ) -> tuple[float, dict[str, np.ndarray | None]]:
+        """Loss of one micro-batch and the gradient of every trained parameter.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            hyper: {"beta": number, ...}.
+            carry: vectors of the power iteration; None for none.
+            config: the run.
+
+        Returns:
+            loss, and {name: gradient, or None where no path leads from it to the loss}.
+
+        Raises:
+            ValueError: an unknown stage or trainable name, or an index beyond its table.
+        """
+        state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
+        value, grads = value_and_grad(jax.jit(loss), state.params)
+        return float(value), {name: None if grad is None else to_numpy(grad) for name, grad in grads.items()}
+
+    def diagnose(
+        self,
+        stage: Stage,
+        params: Mapping[str, np.ndarray],
+        trainable: Any,
+        batch: Numpy,
+        noise: Numpy,
+        hyper: Mapping[str, float],
+        carry: Numpy | None,
+        config: Config,
+    ) -> str:
+        """The first thing on the way to the loss, or else the first gradient, that is not finite.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            hyper: {"beta": number, ...}.
+            carry: vectors of the power iteration; None for none.
+            config: the run.
+
+        Returns:
+            name of an intermediate (see `pf_jax.probe`) or of the parameter whose gradient it is; "" if all is finite.
+
+        Raises:
+            ValueError: an unknown stage or trainable name, or an index beyond its table.
+        """
+        state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
+        with recording() as found:
+            found["loss"] = loss(state.params)
+        found["loss"] = found.pop("loss")  # the loss comes last, whatever was recorded on the way
+        for name, value in found.items():
+            if not bool(jnp.isfinite(jnp.asarray(value)).all()):
+                return name
+        grads = jax.grad(loss)(state.params)
+        return next((name for name in sorted(grads) if not bool(jnp.isfinite(grads[name]).all())), "")
+
+    # --- helpers ---
+
+    def _loss(self, stage, params, trainable, batch, noise, hyper, carry, config):
+        steps.check_stage(stage)
+        self._check_indices(params, carry or {}, batch)
+        state = self.init(stage, params, trainable=trainable, carry=carry)
+        batch, noise = self._arrays(batch), self._arrays(noise)
+        beta = self._arrays(np.asarray(hyper["beta"], np.float64))
+
+        def loss(trained):
+            return steps.stage_loss(stage, state.frozen | trained, batch, noise, state.carry, beta, config)[0]
+
+        return state, loss
+
+    def _arrays(self, tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: _leaf_to_backend(leaf, self.dtype, self._place), tree)
+
+    def _parameters(self, params: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """The device copy of parameters, kept for as long as the same arrays come again."""
+        key = tuple(id(value) for value in params.values())
+        if self._cached is None or self._cached[0] != key:
+            # The arrays are kept too, so that their ids stay theirs.
+            self._cached = key, list(params.values()), self._arrays(dict(params))
+        return self._cached[2]
+
+    def _check_indices(self, params: Mapping[str, Any], carry: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
+        # twin: JAX clamps an index out of range without a word, so it is looked for out here.
+        tissues = _rows(params, "conditions.tissue.table", "operators.A0")
+        if tissues is None and "vae.decoder.hidden.weight" in params and "vae.encoder.mean.weight" in params:
+            tissues = np.shape(params["vae.encoder.mean.weight"])[0] - np.shape(params["vae.encoder.hidden.weight"])[1]
+        limits = {
+            "perturbations": _rows(params, "conditions.features", "conditions.perturbation.table"),
+            "tissue": tissues,
+            "cells_tissue": tissues,
+            "slot": _rows(carry, "v"),
+        }
+        for name, limit in limits.items():
+            if limit is None or name not in batch or not np.size(batch[name]):
+                continue
+            low, high = np.min(batch[name]), np.max(batch[name])
+            if low < 0 or high >= limit:
+                raise ValueError(f"{name} has indices from {low} to {high} but the model knows 0 to {limit - 1}")
+
+
+def _rows(arrays: Mapping[str, Any], *names: str) -> int | None:
+    return next((np.shape(arrays[name])[0] for name in names if name in arrays), None)
+
+
+def _device(name: str) -> Device:
+    platform = {"cuda": "gpu"}.get(name, name)
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError:
+        present = sorted({device.platform for device in jax.devices()})
+        raise ValueError(f"device is {name!r} but JAX sees {present}; install its support or ask for another") from None
