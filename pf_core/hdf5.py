@@ -19,8 +19,9 @@ import numpy as np
 from h5py import h5o, h5z  # pyright: ignore[reportAttributeAccessIssue]
 
 from pf_core.errors import DataError, nearest
+from pf_core.rehearsal import rehearse
 
-__all__ = ["array", "check_filters", "check_tree", "explained", "is_text", "open_file", "opened", "strings", "values"]
+__all__ = ["array", "check_filters", "explained", "is_text", "open_file", "opened", "strings", "values", "walk"]
 
 MAX_OBJECTS = 100_000  # groups and arrays of one file
 MAX_RATIO = 2000  # declared bytes per stored byte; gzip cannot pass 1032
@@ -34,13 +35,20 @@ def open_file(path: Path) -> h5py.File:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The checked file, open for reading; messages of DataErrors raised inside name it."""
+def opened(path: Path, *, rehearsed: bool = True) -> Iterator[Any]:
+    """The checked file, open for reading; messages of DataErrors raised inside name it.
+
+    Args:
+        path: the file.
+        rehearsed: let a child process read it first (rehearsal.py).
+    """
     if not path.is_file():
         others = [item.name for item in path.parent.glob("*.h5ad")] if path.parent.is_dir() else []
         raise DataError(f"{path} is no file; {nearest(path.name, others)}")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path} may not be read; change its permissions")
+    if rehearsed:
+        rehearse(path)
     with explained(path), open_file(path) as file:
         check_tree(file)
         yield file
@@ -68,8 +76,15 @@ def _is_hdf5(path: Path) -> bool:
 
 
 def check_tree(file: h5py.File) -> None:
-    """Refuse links and storage outside the file, and sizes that it cannot hold, in everything the file has."""
+    """Refuse storage outside the file, and sizes that it cannot hold, in everything the file has."""
     n_bytes = os.path.getsize(file.filename)
+    for where, item in walk(file):
+        if isinstance(item, h5py.Dataset):
+            _check_storage(item, where, n_bytes)
+
+
+def walk(file: h5py.File) -> Iterator[tuple[str, Any]]:
+    """Every object of the file once, with its path. Links other than hard ones are refused, not followed."""
     seen: set[int] = set()
     waiting: list[Any] = [file]
     while waiting:
@@ -85,10 +100,9 @@ def check_tree(file: h5py.File) -> None:
             seen.add(address)
             if len(seen) > MAX_OBJECTS:
                 raise DataError(f"the file holds more than {MAX_OBJECTS} objects; write obs, var and the counts only")
+            yield where, item
             if isinstance(item, h5py.Group):
                 waiting.append(item)
-            elif isinstance(item, h5py.Dataset):
-                _check_storage(item, where, n_bytes)
 
 
 def _check_storage(item: h5py.Dataset, where: str, n_bytes: int) -> None:

@@ -53,8 +53,8 @@ def _check(path: Path) -> None:
                 raise DataError(f"{item} names a codec that runs code (pickle); write the store again with anndata")
             shape = table.get("shape")
             # Beside an encoding, a shape is an attribute of a sparse matrix and declares no storage.
-            is_array = isinstance(shape, list) and "encoding-type" not in table
-            if is_array and WIDTH * math.prod(n for n in shape if isinstance(n, int)) > room:
+            sizes = shape if isinstance(shape, list) and "encoding-type" not in table else []
+            if WIDTH * math.prod(n for n in sizes if isinstance(n, int)) > room:
                 raise DataError(f"{item} declares shape {shape}, more than the store can hold; write it again")
 
 
