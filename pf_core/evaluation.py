@@ -64,7 +64,10 @@ def evaluate(
     predictors = _predictors(model, dataset, seen)
     perturbed = heldout[~dataset.is_control[heldout]]
     keys = sorted({(dataset.label[i], dataset.tissue[i], dataset.cell_type[i]) for i in perturbed})
-    return [_judge(model, dataset, seen, perturbed, key, predictors, ruler, output=output, seed=seed) for key in keys]
+    return ruler, [
+        _judge(model, dataset, seen, perturbed, key, predictors, references or {}, ruler, output=output, seed=seed)
+        for key in keys
+    ]
 
 
 def _some(cells: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -65,7 +66,8 @@ def fit(
     table = read_features(features, groups, dataset) if features is not None else {}
     names = make_vocabulary(dataset, groups, tuple(table))
     facts = {
-        "source": None if not isinstance(source, str | Path) else str(Path(source)),
+        # Relative to the run, so that run and data can be moved together and resumed from anywhere.
+        "source": os.path.relpath(source, out) if isinstance(source, str | Path) else None,
         "backed": backed,
         "fingerprint": fingerprint,
         "summary": dataset.summary,
@@ -140,9 +142,12 @@ def reopen(path: str | Path, source: Any = None) -> tuple[Run, Config, Dataset, 
     run = Run.open(path)
     config = read_config(run)
     facts = run.read_json("data.json")
-    source = source if source is not None else facts["source"]
-    if source is None:
+    if source is None and facts["source"] is None:
         raise RunError(f"{path} was trained from an AnnData object in memory; pass the same object again")
+    if source is None:
+        source = run.path / facts["source"]
+        if not source.exists():
+            raise RunError(f"{path} was trained on {source}, which is not there any more; give the file again")
     dataset = data.load(source, config.data, backed=facts["backed"])
     if dataset.fingerprint() != facts["fingerprint"]:
         raise RunError(f"the data are not those that {path} was started with (cells, genes or counts differ)")

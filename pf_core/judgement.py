@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def _payload(model: Model, judged: list[Judged], ruler: PCA, output: Output) -> 
     history_path = model.run.path / "history.jsonl"
     versions = model.backend.describe()
     return report.Report(
-        title=facts["source"] or "AnnData object",
+        title=_source(facts),
         config=model.config,
         metrics=tuple(row for one in judged for row in one.rows),
         cells=tuple(
@@ -78,6 +79,10 @@ def _payload(model: Model, judged: list[Judged], ruler: PCA, output: Output) -> 
     )
 
 
+def _source(facts: Mapping[str, Any]) -> str:
+    return Path(facts["source"]).name if facts["source"] else "AnnData object"
+
+
 def _summary(facts: Mapping[str, Any]) -> report.DataSummary:
     summary = facts["summary"]
     cells = facts["cells"]
@@ -92,7 +97,7 @@ def _summary(facts: Mapping[str, Any]) -> report.DataSummary:
         if row["label"] != CONTROL
     )
     return report.DataSummary(
-        source=facts["source"] or "AnnData object",
+        source=_source(facts),
         n_cells=sum(cells.values()),
         n_genes=facts["n_genes"],
         n_control=facts["n_control"],

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import sparse
 
 from pf_core.backends import Arrays
 from pf_core.config import R_MAX, OperatorConfig, VAEConfig
@@ -34,23 +35,34 @@ def start_vae(params: Parameters, dataset: Dataset, cells: np.ndarray, config: V
         config: the VAE's settings.
     """
     params = dict(params)
-    n_genes, n_cells = dataset.n_genes, len(cells)
     library = dataset.library()
     depth = library[cells].mean()
-    first, second = np.zeros(n_genes), np.zeros(n_genes)
+    names = [dataset.label[cells], dataset.tissue[cells], dataset.cell_type[cells]]
+    _, context = np.unique(
+        np.stack([np.unique(name, return_inverse=True)[1] for name in names]), axis=1, return_inverse=True
+    )
+    n = np.bincount(context)[:, None]
+    first, second, poisson = np.zeros((3, len(n), dataset.n_genes))
+    place = 0
     for block, rows in dataset.blocks(cells):
-        scaled = rows.multiply((depth / library[block])[:, None]).tocsr()
-        first += np.asarray(scaled.sum(axis=0)).ravel()
-        second += np.asarray(scaled.multiply(scaled).sum(axis=0)).ravel()
+        scale = (depth / library[block])[:, None]
+        scaled = rows.multiply(scale).tocsr()
+        here = context[place : place + len(block)]
+        member = sparse.csr_matrix((np.ones(len(block)), (here, np.arange(len(block)))), (len(n), len(block)))
+        first += (member @ scaled).toarray()
+        second += (member @ scaled.multiply(scaled)).toarray()
+        poisson += (member @ scaled.multiply(scale)).toarray()
+        place += len(block)
     # Half a count over all cells keeps genes that training cells never show away from log(0).
-    mean = np.maximum(first, 0.5) / n_cells
-    variance = np.maximum(second / n_cells - mean**2, 0.0)
+    mean = np.maximum(first.sum(0), 0.5) / len(cells)
     if config.scale == "library":
         params["vae.decoder.mean.bias"] = np.log(mean / mean.sum())
     else:
         params["vae.decoder.mean.bias"] = mean + np.log(-np.expm1(-mean))  # inverse of softplus
-    excess = np.maximum(variance - mean, mean**2 / R_MAX)
-    log_r = np.clip(np.log(mean**2 / excess), np.log(START_R_MIN), np.log(START_R_MAX))
+    # Variance within contexts beyond Poisson's is sum m^2 / r: what differs between contexts is for z to explain.
+    squares = (first**2 / n).sum(0)
+    excess = np.maximum((second - first**2 / n - poisson).sum(0), squares / R_MAX)
+    log_r = np.log(np.clip(squares / np.maximum(excess, 1e-300), START_R_MIN, START_R_MAX))
     params["vae.decoder.log_r"] = np.broadcast_to(log_r, params["vae.decoder.log_r"].shape).copy()
     return params
 
