@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Device
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from pf_core.config import Config
@@ -54,7 +53,7 @@ def to_backend(tree: Any, dtype: str | None = None, device: str | None = None) -
     return jax.tree.map(lambda leaf: _leaf_to_backend(leaf, dtype, place), tree)
 
 
-def _leaf_to_backend(leaf: Any, dtype: str | None, place: Device | None) -> jax.Array:
+def _leaf_to_backend(leaf: Any, dtype: str | None, place: Any) -> jax.Array:
     array = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     kind: Any = array.dtype
     if np.issubdtype(kind, np.floating):
@@ -137,13 +136,15 @@ def _reads_input(program: Jaxpr, inputs: list[bool]) -> list[bool]:
         inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
         inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         shape = (len(equation.invars), len(equation.outvars))
-        if any(marked) and equation.primitive.name not in _LOOPS and isinstance(inner, Jaxpr):
-            if (len(inner.invars), len(inner.outvars)) == shape:
-                outputs = _reads_input(inner, marked)
-                reading.update(var for var, mark in zip(equation.outvars, outputs, strict=True) if mark)
-                continue
-        if any(marked):
-            reading.update(equation.outvars)
+        if (
+            isinstance(inner, Jaxpr)
+            and (len(inner.invars), len(inner.outvars)) == shape
+            and equation.primitive.name not in _LOOPS
+        ):
+            outputs = _reads_input(inner, marked)
+        else:
+            outputs = [any(marked)] * len(equation.outvars)
+        reading.update(var for var, mark in zip(equation.outvars, outputs, strict=True) if mark)
     return marks(program.outvars)
 
 
@@ -260,8 +261,9 @@ class Backend:
             ValueError: an unknown stage or trainable name, or moments of other names or shapes.
         """
         steps.check_stage(stage)
-        with jax.default_device(self._place):
-            return steps.init_state(params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype)
+        state = steps.init_state(params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype)
+        # Committed to the device, as the state that comes out of a step is: otherwise the second call compiles again.
+        return jax.device_put(state, self._place)
 
     def run(
         self, stage: Stage, state: Any, batches: Numpy, noises: Numpy, hypers: Numpy, config: Config
@@ -565,7 +567,7 @@ def _rows(arrays: Mapping[str, Any], *names: str) -> int | None:
     return next((np.shape(arrays[name])[0] for name in names if name in arrays), None)
 
 
-def _device(name: str) -> Device:
+def _device(name: str) -> Any:
     platform = {"cuda": "gpu"}.get(name, name)
     try:
         return jax.devices(platform)[0]

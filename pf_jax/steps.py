@@ -268,8 +268,8 @@ def joint_loss(
     A, b = _operators(params, batch)
     image = record("operators.image", apply_operator(A, b, x))
     loss, (parts, carry) = _operator_terms(params, batch, noise, carry, A, image, y, config)
-    profiles = (_grouped(partial(_profile, vae), z, batch["tissue"]) for z in (image, y))
-    gene_energy = record("gene_energy", _energy(*profiles, batch, config))
+    moved, target = (_grouped(partial(_profile, vae), z, batch["tissue"]) for z in (image, y))
+    gene_energy = record("gene_energy", _energy(moved, target, batch, config))
     loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
     return loss, (parts | {"gene_energy": jax.lax.stop_gradient(gene_energy)} | elbo_parts, carry)
 
@@ -384,7 +384,8 @@ def _many_steps(stage: str, state: TrainState, batches, noises, hypers, config: 
     frozen = state.frozen
 
     def body(moving: TrainState, inputs):
-        moved, metrics = _step(stage, moving._replace(frozen=frozen), *inputs, config)
+        batch, noise, hyper = inputs
+        moved, metrics = _step(stage, moving._replace(frozen=frozen), batch, noise, hyper, config)
         return moved._replace(frozen={}), metrics
 
     moved, metrics = jax.lax.scan(body, state._replace(frozen={}), (batches, noises, hypers))
