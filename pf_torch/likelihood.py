@@ -213,9 +213,40 @@ class _NBLogProb(torch.autograd.Function):
         return tangent
 
 
+class _DMu(torch.autograd.Function):
+    """r (x - mu) / (mu (r + mu)), in an order that neither overflows nor underflows; derivatives in closed form.
+
+    The product rule would take 1/mu from 1/mu where x = 0, and 1/r from 1/r where r is large.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
+        return ((x - mu) / mu) * (r / (r + mu))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def _second(ctx: Any) -> tuple[Tensor, Tensor]:
+        x, mu, r = ctx.saved_tensors
+        total = r + mu
+        return (x + r) / (total * total) - x / (mu * mu), (x - mu) / (total * total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        by_mu, by_r = _DMu._second(ctx)
+        return None, grad * by_mu, grad * by_r
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Any, mu_t: Any, r_t: Any) -> Any:  # type: ignore[override]
+        by_mu, by_r = _DMu._second(ctx)
+        return (0 if mu_t is None else mu_t * by_mu) + (0 if r_t is None else r_t * by_r)
+
+
 def _d_mu(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-    """r (x - mu) / (mu (r + mu)), in an order that neither overflows nor underflows."""
-    return ((x - mu) / mu) * (r / (r + mu))
+    return _DMu.apply(x, mu, r)  # type: ignore[return-value]
 
 
 def _d_r(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:

@@ -420,7 +420,7 @@ def run_steps(
         ValueError: no such stage.
     """
     check_stage(stage)
-    loss_function = torch.compile(stage_loss, dynamic=False) if compile else stage_loss
+    loss_function = torch.compile(stage_loss) if compile else stage_loss
     collected = []
     for index in range(len(hypers["lr"])):
         hyper = {name: torch.as_tensor(values[index]) for name, values in hypers.items()}

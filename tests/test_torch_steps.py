@@ -334,6 +334,42 @@ def test_losses_have_hessian_vector_products(stage):
 
 
 @pytest.mark.parametrize("stage", STEPS)
+def test_losses_have_forward_derivatives_of_both_orders(stage):
+    settings, params, batches, noise, carry = (
+        case()
+    )  # the penalty is active: its derivative is defined by stop-gradient
+    used = {n: p for n, p in params.items() if stage == "joint" or n.startswith("vae.") == (stage == "vae")}
+    rng = np.random.default_rng(6)
+    direction = {name: torch.tensor(rng.standard_normal(p.shape)) for name, p in used.items()}
+    value = lambda changed: loss_of(stage, {**params, **changed}, batches, noise, carry, settings)[0]
+    _, slope = torch.func.jvp(value, (used,), (direction,))
+    grads, products = torch.func.jvp(torch.func.grad(value), (used,), (direction,))
+    np.testing.assert_allclose(slope, sum((grads[n] * direction[n]).sum() for n in used), rtol=1e-10)
+    leaves = {name: p.clone().requires_grad_() for name, p in used.items()}
+    first = torch.autograd.grad(value(leaves), list(leaves.values()), create_graph=True)
+    along = sum((g * direction[name]).sum() for name, g in zip(leaves, first, strict=True))
+    second = torch.autograd.grad(along, list(leaves.values()))
+    scale = max(product.abs().max().item() for product in second)
+    for name, g, product in zip(leaves, first, second, strict=True):
+        np.testing.assert_allclose(grads[name], g.detach(), rtol=1e-9, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(products[name], product, rtol=1e-8, atol=1e-10 * scale, err_msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps():
+    settings, params, batches, noise, carry = case()
+    hypers = {"lr": np.array([0.01, 0.02]), "beta": np.array([0.1, 0.5])}
+    for stage in STEPS:
+        batch, noises = micro(micro(batches[stage]), 2), micro(micro(noise), 2)
+        state = start(params, carry, stage)
+        plain, compiled = (
+            run_steps(stage, state, batch, noises, hypers, config=settings, compile=flag)[0] for flag in (False, True)
+        )
+        for name, value in plain.params.items():
+            np.testing.assert_allclose(compiled.params[name], value, rtol=1e-6, atol=1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", STEPS)
 def test_parts_and_carry_carry_no_gradient(stage):
     settings, params, batches, noise, carry = case()
     leaves = {name: value.requires_grad_() for name, value in params.items()}
