@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from pf_core import __version__
+from pf_core.config import Output
 
 app = typer.Typer(
     name="pf",
@@ -19,8 +20,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Backend = Annotated[str, typer.Option(help="jax or torch")]
-Device = Annotated[str, typer.Option(help="cpu, gpu, or tpu (JAX only)")]
+Backend = Annotated[Literal["jax", "torch"], typer.Option(help="the twin that computes")]
+Device = Annotated[Literal["cpu", "gpu", "tpu"], typer.Option(help="where it computes; tpu with jax only")]
+Mode = Annotated[Output, typer.Option(help="how predicted means become cells")]
 
 
 def main() -> None:
@@ -165,7 +167,7 @@ def predict(
     perturbation: Annotated[str, typer.Option(help='"A", "A+B", or with doses "A@0.5+B"')],
     then: Annotated[list[str] | None, typer.Option(help="a perturbation applied after it; repeatable")] = None,
     out: Annotated[Path, typer.Option(help="h5ad file to be written")] = Path("predicted.h5ad"),
-    output: Annotated[str, typer.Option(help="transport, sample or mean")] = "transport",
+    output: Mode = "transport",
     cells: Annotated[list[str] | None, typer.Option(help="only these controls, column=value; repeatable")] = None,
     times: Annotated[str | None, typer.Option(help="a trajectory instead, START:STOP:STEP, e.g. 0:1:0.25")] = None,
     counterfactual: Annotated[str | None, typer.Option(help="also these cells under another perturbation")] = None,
@@ -233,7 +235,7 @@ def _write_h5ad(adata: Any, path: Path) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="run directory")],
     data: Annotated[Path | None, typer.Argument(help="the data, where they have moved")] = None,
-    output: Annotated[str, typer.Option(help="transport, sample or mean")] = "transport",
+    output: Mode = "transport",
     backend: Backend = "jax",
     device: Device = "cpu",
 ) -> None:

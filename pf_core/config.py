@@ -26,6 +26,8 @@ ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
 CLIP_EPS = 1e-6  # global-norm clip: min(1, max_norm / (norm + eps))
 TILE = 512  # rows of a tile of the energy distance
 
+Output = Literal["transport", "sample", "mean"]  # how decoded means become predicted cells (outputs.py)
+
 # --- guards -------------------------------------------------------------------------------------------------------
 BAD_STEPS_IN_A_ROW = 3  # non-finite steps before training returns to the last good checkpoint
 MAX_RETURNS = 2  # returns to a checkpoint; when it happens once more, training stops with a crash bundle

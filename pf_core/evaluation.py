@@ -9,12 +9,13 @@ import numpy as np
 
 from pf_core import baselines, metrics, noise
 from pf_core.baselines import Declined, Prediction, Predictor, Shifts, Task
+from pf_core.config import Output
 from pf_core.data import Dataset
 from pf_core.errors import PredictionError
 from pf_core.labels import condition_label, parse_condition
 from pf_core.metrics import PCA
 from pf_core.model import ENCODE_BLOCK, Model
-from pf_core.outputs import Csr, Output, predicted_counts
+from pf_core.outputs import Csr, predicted_counts
 from pf_core.verdict import Condition, MetricRow
 
 MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
@@ -63,7 +64,7 @@ def evaluate(
     ruler = metrics.real_pca(dataset.rows(_some(np.arange(dataset.n_cells), MAX_PCA_CELLS, seed, "pca")))
     predictors = _predictors(model, dataset, seen)
     perturbed = heldout[~dataset.is_control[heldout]]
-    keys = sorted({(dataset.label[i], dataset.tissue[i], dataset.cell_type[i]) for i in perturbed})
+    keys = sorted({(str(dataset.label[i]), str(dataset.tissue[i]), str(dataset.cell_type[i])) for i in perturbed})
     return ruler, [
         _judge(model, dataset, seen, perturbed, key, predictors, references or {}, ruler, output=output, seed=seed)
         for key in keys

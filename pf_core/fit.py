@@ -15,7 +15,7 @@ from pf_core import backends, data, genes, splits
 from pf_core.backends import Backend
 from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
 from pf_core.checkpoint import Run
-from pf_core.config import Config
+from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset, Group
 from pf_core.errors import DataError, RunError, nearest
@@ -24,7 +24,6 @@ from pf_core.initial import Parameters, Sizes, operator_parameters, vae_paramete
 from pf_core.judgement import judge_run
 from pf_core.labels import CONTROL, UNKNOWN, vocabulary
 from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
-from pf_core.outputs import Output
 from pf_core.splits import Split
 from pf_core.start import start_operators, start_vae
 from pf_core.training import stage_settings, train_stage

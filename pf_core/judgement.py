@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pf_core import report
+from pf_core.config import Output
 from pf_core.data import Dataset
 from pf_core.evaluation import Judged, Reference, evaluate
 from pf_core.history import read_history
 from pf_core.labels import CONTROL
 from pf_core.metrics import PCA
 from pf_core.model import Model
-from pf_core.outputs import Output
 from pf_core.splits import Split
 from pf_core.verdict import Condition, metrics_json, print_metrics
 

@@ -15,10 +15,10 @@ from pf_core import backends, data, genes
 from pf_core.backends import Arrays, Backend
 from pf_core.batches import Vocabulary
 from pf_core.checkpoint import Run
-from pf_core.config import Config, from_dict
+from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
 from pf_core.labels import Members, parse_condition
-from pf_core.outputs import Means, Output, predicted_counts
+from pf_core.outputs import Means, predicted_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -254,11 +254,11 @@ class Model:
         return self.operators(rows, [f"{first} to {second} at {weight:g}"])[0]
 
     def _tissue(self, tissue: str | None) -> str:
-        known = self.vocabulary.tissues[1:]
-        if tissue is None:
-            if len(known) > 1:
-                raise PredictionError(f"the model knows {len(known)} tissues; name one of {', '.join(known)}")
+        known = self.vocabulary.tissues[1:] or self.vocabulary.tissues  # cells without a tissue are "unknown" ones
+        if tissue is None and len(known) == 1:
             return known[0]
+        if tissue is None:
+            raise PredictionError(f"the model knows {len(known)} tissues; name one of {', '.join(known)}")
         if tissue not in known:
             raise PredictionError(f"tissue {tissue!r} was not in training; {nearest(tissue, known)}")
         return tissue

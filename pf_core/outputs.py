@@ -13,14 +13,14 @@ the perturbation (mu1). How that becomes a cell is one choice, made here and app
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from scipy import sparse
 
+from pf_core.config import Output
 from pf_core.noise import generator
 
-Output = Literal["transport", "sample", "mean"]
 Csr = Any  # scipy.sparse.csr_matrix, whose own annotations call .shape optional
 Means = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 """Rows of the controls -> (mu0, mu1), each (n_rows, n_genes), in counts at the cells' own library size."""

@@ -45,11 +45,8 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
         seed: the same seed gives the same split.
 
     Raises:
-        DataError: a column, value or combination that no cell has, a share outside [0, 1), or nothing left to train on.
+        DataError: a column, value or combination that no cell has, or nothing left to train on.
     """
-    for name in ("holdout_share", "validation_share"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise DataError(f"{name} is {getattr(config, name):g}; a share from 0 up to but not 1 was wanted")
     held = np.zeros(dataset.n_cells, dtype=bool)
     for expression in config.holdout:
         held |= _matching(dataset, expression, config)

@@ -283,8 +283,8 @@ def _health(
     everything = {**params, **exported["params"]}
     batch, noise = source.batch(position.step, position.attempt)
     hyper = {"lr": 0.0, "beta": kl_weight(config, stage, position.step)}
-    first = ({name: array[0] for name, array in tree.items()} for tree in (batch, noise))
-    _, grads = backend.gradients(stage, everything, trainable, *first, hyper, exported["carry"], config)
+    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in (batch, noise))
+    _, grads = backend.gradients(stage, everything, trainable, batch, noise, hyper, exported["carry"], config)
     return {name: health_of(grad, everything[name]).verdict for name, grad in sorted(grads.items())}
 
 

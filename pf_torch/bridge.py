@@ -153,7 +153,7 @@ class Backend:
 
     Args:
         dtype: "float32" or "float64".
-        device: "cpu", "cuda" or "cuda:0" and so on.
+        device: "cpu", "gpu" ("cuda" is the same) or "cuda:0" and so on.
         compile: run the losses through torch.compile.
 
     Raises:
@@ -165,7 +165,7 @@ class Backend:
     def __init__(self, dtype: str = "float32", device: str = "cpu", compile: bool = False):
         _dtype(dtype)
         try:
-            self.device = torch.device(device)
+            self.device = torch.device("cuda" if device == "gpu" else device)
             torch.zeros((), device=self.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
