@@ -193,7 +193,9 @@ def _covariates(obs: Any, config: DataConfig) -> np.ndarray:
     columns = np.zeros((len(obs), len(config.covariates)), np.float32)
     for place, name in enumerate(config.covariates):
         column = _column(obs, name, "covariates").astype(object)
-        columns[:, place] = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)
+        values = np.asarray(pd.to_numeric(column, errors="coerce"), dtype=np.float64)
+        with np.errstate(over="ignore"):  # beyond float32 is not finite either
+            columns[:, place] = values
         if n_bad := int((~np.isfinite(columns[:, place])).sum()):
             raise DataError(
                 f"covariate {name!r} has {n_bad} values that are no finite number; leave out these cells or it"
