@@ -327,9 +327,20 @@ def _log_prob(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:
     return jnp.where(few, logarithm + r * log_r_share, stirling - 0.5 * logarithm - big * deviance_x - r * deviance_r)
 
 
+@jax.custom_jvp
 def _log_prob_mu(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:
     """d log p / d mu."""
     return (x - mu) / mu * (r / (r + mu))
+
+
+@_log_prob_mu.defjvp
+def _log_prob_mu_jvp(primals, tangents):
+    # The product rule would take 1/mu from 1/mu where x = 0, and 1/r from 1/r where r is large.
+    x, mu, r = primals
+    _, dmu, dr = tangents
+    total = r + mu
+    d_mu = (x + r) / (total * total) - x / (mu * mu)
+    return _log_prob_mu(*primals), d_mu * dmu + (x - mu) / (total * total) * dr
 
 
 @jax.custom_jvp
