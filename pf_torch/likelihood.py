@@ -213,45 +213,53 @@ class _NBLogProb(torch.autograd.Function):
         return tangent
 
 
-class _DMu(torch.autograd.Function):
-    """r (x - mu) / (mu (r + mu)), in an order that neither overflows nor underflows; derivatives in closed form.
+def _closed_form(value: Callable[..., Tensor], partials: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """value(x, mu, r) with its derivatives in mu and r given, where the product rule would cancel."""
 
-    The product rule would take 1/mu from 1/mu where x = 0, and 1/r from 1/r where r is large.
-    """
+    class Closed(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
+            return value(x, mu, r)
 
-    @staticmethod
-    def forward(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-        return ((x - mu) / mu) * (r / (r + mu))
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*inputs)
+            ctx.save_for_forward(*inputs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+            by_mu, by_r = partials(*ctx.saved_tensors)
+            return None, grad * by_mu, grad * by_r
 
-    @staticmethod
-    def _second(ctx: Any) -> tuple[Tensor, Tensor]:
-        x, mu, r = ctx.saved_tensors
-        total = r + mu
-        return (x + r) / (total * total) - x / (mu * mu), (x - mu) / (total * total)
+        @staticmethod
+        def jvp(ctx: Any, x_t: Any, mu_t: Any, r_t: Any) -> Any:  # type: ignore[override]
+            by_mu, by_r = partials(*ctx.saved_tensors)
+            return (0 if mu_t is None else mu_t * by_mu) + (0 if r_t is None else r_t * by_r)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        by_mu, by_r = _DMu._second(ctx)
-        return None, grad * by_mu, grad * by_r
-
-    @staticmethod
-    def jvp(ctx: Any, x_t: Any, mu_t: Any, r_t: Any) -> Any:  # type: ignore[override]
-        by_mu, by_r = _DMu._second(ctx)
-        return (0 if mu_t is None else mu_t * by_mu) + (0 if r_t is None else r_t * by_r)
+    return Closed.apply  # type: ignore[return-value]
 
 
-def _d_mu(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
-    return _DMu.apply(x, mu, r)  # type: ignore[return-value]
+def _mixed(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
+    """d^2 log p / d mu d r."""
+    total = r + mu
+    return (x - mu) / (total * total)
+
+
+# r (x - mu) / (mu (r + mu)), in an order that neither overflows nor underflows.
+_d_mu = _closed_form(
+    lambda x, mu, r: ((x - mu) / mu) * (r / (r + mu)),
+    lambda x, mu, r: ((x + r) / (r + mu) ** 2 - x / (mu * mu), _mixed(x, mu, r)),
+)
+# (mu - x)/(r + mu) - log1p(mu/r)
+_mean_part = _closed_form(
+    lambda x, mu, r: (mu - x) / (r + mu) - torch.log1p(mu / r),
+    lambda x, mu, r: (_mixed(x, mu, r), mu / (r * (r + mu)) + _mixed(x, mu, r)),
+)
 
 
 def _d_r(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
     """[psi(x+r) - psi(r)] - log1p(mu/r) + (mu - x)/(r + mu)."""
-    return _where_counted(digamma_difference, x, r) - torch.log1p(mu / r) + (mu - x) / (r + mu)
+    return _where_counted(digamma_difference, x, r) + _mean_part(x, mu, r)
 
 
 def _plain(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
