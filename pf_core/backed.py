@@ -38,7 +38,7 @@ class Stored:
 
     def __init__(self, path: Path, name: str, file: Any, shape: tuple[int, int]) -> None:
         self.path, self.name = path, name
-        self._file: Any = None
+        self._arrays: tuple[Any, ...] = ()
         self._process = 0
         self._stamp = _stamp(path)
         item = file[name]
@@ -59,23 +59,24 @@ class Stored:
             self.offsets = check_indptr(indptr[:], self.shape[0], len(indices), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
+        return {**self.__dict__, "_arrays": ()}
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._file = None
+        """Close the file; the next read opens it again."""
+        if self._arrays:
+            self._arrays[0].file.close()
+        self._arrays = ()
 
     def block(self, start: int, stop: int) -> Csr:
         """Rows start..stop as checked, canonical float32 CSR."""
         with explained(self.path):
-            item = self._item()
+            arrays = self._opened()
             if self.encoding == "dense":
-                values = item[start:stop]
+                values = arrays[0][start:stop]
                 check_values(values, self.name)
                 return sparse.csr_matrix(values.astype(np.float32, copy=False))
             low, high = int(self.offsets[start]), int(self.offsets[stop])
-            values, indices = item["data"][low:high], item["indices"][low:high]
+            values, indices = (part[low:high] for part in arrays)
             check_values(values, self.name)
             check_indices(indices, self.shape[1], self.name)
             small = index_type(self.shape[1], len(indices))
@@ -101,12 +102,15 @@ class Stored:
         matrix = sparse.csr_matrix((values[:filled], indices[:filled], indptr), shape=self.shape)
         return matrix.T.tocsr() if self.encoding == "csc" else matrix
 
-    def _item(self) -> Any:
-        if self._file is None or self._process != os.getpid():  # an HDF5 handle does not survive a fork
+    def _opened(self) -> tuple[Any, ...]:
+        """The arrays, kept open for their caches of decompressed chunks."""
+        if not self._arrays or self._process != os.getpid():  # an HDF5 handle does not survive a fork
             if not self.path.is_file() or _stamp(self.path) != self._stamp:
                 raise DataError("the file changed since it was loaded; load it again")
-            self._file, self._process = open_file(self.path), os.getpid()
-        return self._file[self.name]
+            item: Any = open_file(self.path)[self.name]
+            self._arrays = (item,) if self.encoding == "dense" else (item["data"], item["indices"])
+            self._process = os.getpid()
+        return self._arrays
 
 
 def _stamp(path: Path) -> tuple[int, int]:

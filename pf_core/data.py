@@ -169,10 +169,9 @@ def _conditions(
     obs: Any, conditions: np.ndarray, config: DataConfig
 ) -> tuple[tuple[str, ...], np.ndarray, np.ndarray, np.ndarray]:
     """Vocabulary, members, doses and labels; every distinct pair of condition and dose is parsed once."""
+    amounts = np.full(len(obs), None, dtype=object)  # labels may carry doses themselves: "A@0.5"
     if config.dose:
         amounts, _ = texts(_column(obs, config.dose, "dose"), config.dose, missing="nan")
-    else:
-        amounts = np.full(len(obs), "1", dtype=object)
     pairs = list(zip(conditions.tolist(), amounts.tolist(), strict=True))
     position = {pair: index for index, pair in enumerate(dict.fromkeys(pairs))}
     index = np.fromiter((position[pair] for pair in pairs), dtype=np.int64, count=len(pairs))
@@ -183,7 +182,7 @@ def _conditions(
     for row, found in enumerate(parsed):
         members[row, : len(found)] = codes([name for name, _ in found], names)
         doses[row, : len(found)] = [dose for _, dose in found]
-    label = np.array([condition_label(found) for found in parsed], dtype=object)
+    label = np.array([condition_label(found, config.separator) for found in parsed], dtype=object)
     return names, members[index], doses[index], label[index]
 
 

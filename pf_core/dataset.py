@@ -35,7 +35,7 @@ class Dataset:
     perturbations: tuple[str, ...]  # vocabulary of single members, UNKNOWN first; control is not in it
     members: np.ndarray  # (n_cells, n_members) int32 into perturbations; 0 with dose 0 is padding
     doses: np.ndarray  # (n_cells, n_members) float32
-    label: np.ndarray  # (n_cells,) "control", "A", "A+B", "A@0.5+B"
+    label: np.ndarray  # (n_cells,) "control", "A", "A+B", "A@0.5+B", joined by the separator of the config
     is_control: np.ndarray  # (n_cells,) bool
     tissue: np.ndarray  # (n_cells,) str
     cell_type: np.ndarray  # (n_cells,) str

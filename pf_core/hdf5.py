@@ -27,11 +27,13 @@ MAX_OBJECTS = 100_000  # groups and arrays of one file
 MAX_RATIO = 2000  # declared bytes per stored byte; gzip cannot pass 1032
 SLACK = 2**24  # bytes that an array may declare whatever it stores
 TEXT_BLOCK = 4096  # texts read at once
+CACHE = 2**27  # bytes of decompressed chunks kept per array
 FAULTS = (OSError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError)
 
 
 def open_file(path: Path) -> h5py.File:
-    return h5py.File(path, "r", locking="best-effort")
+    # Decompressed chunks are kept: rows at random would otherwise decompress a chunk each.
+    return h5py.File(path, "r", locking="best-effort", rdcc_nbytes=CACHE, rdcc_nslots=10_007)
 
 
 @contextmanager

@@ -118,9 +118,9 @@ def _amounts(doses: Any, separator: str) -> list[float]:
         raise DataError(f"dose {doses!r} is no number; give a number, or one per member such as '1+0.5'") from None
 
 
-def condition_label(members: Members) -> str:
-    """The canonical label: "control", "A", "A+B", and "A@0.5+B" where a dose is not 1."""
-    return "+".join(name if dose == 1 else f"{name}@{dose:.10g}" for name, dose in members) or CONTROL
+def condition_label(members: Members, separator: str = "+") -> str:
+    """The canonical label, which parse_condition reads back: "control", "A", "A+B", "A@0.5+B" where a dose is not 1."""
+    return separator.join(name if dose == 1 else f"{name}@{dose:.10g}" for name, dose in members) or CONTROL
 
 
 def vocabulary(names: Sequence[str] | np.ndarray) -> tuple[str, ...]:

@@ -137,7 +137,7 @@ def _perturbed_by(dataset: Dataset, value: str, config: DataConfig) -> np.ndarra
     matching = [
         label
         for label, cell in cell_of.items()
-        if label in (value, condition_label(members))
+        if label == condition_label(members, config.separator)
         or (any_dose and sorted(dataset.perturbations[i] for i in dataset.members[cell] if i) == names)
     ]
     if not members and not matching:

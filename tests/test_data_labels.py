@@ -74,7 +74,9 @@ def test_a_dose_that_means_nothing_is_refused(condition, dose, says):
 
 def test_another_separator_leaves_plus_signs_in_names():
     config = DataConfig(separator="_", control=("ctrl",))
-    assert parse_condition("CD4+_ctrl_IL2", config) == (("CD4+", 1.0), ("IL2", 1.0))
+    members = parse_condition("IL2_ctrl_CD4+", config)
+    assert members == (("CD4+", 1.0), ("IL2", 1.0))
+    assert condition_label(members, "_") == "CD4+_IL2"
 
 
 names = st.text(st.characters(codec="ascii", exclude_characters="+@", categories=("L", "N")), min_size=1, max_size=5)

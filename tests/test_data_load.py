@@ -2,6 +2,7 @@
 
 import pickle
 import tracemalloc
+import warnings
 
 import anndata
 import numpy as np
@@ -93,7 +94,9 @@ def test_a_layer_serves_where_x_is_missing(adata, tmp_path):
 
 
 def test_a_zarr_store_and_a_backed_anndata_are_the_same_data_set(adata, path, tmp_path):
-    adata.write_zarr(tmp_path / "a.zarr")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the default format of later versions
+        adata.write_zarr(tmp_path / "a.zarr")
     wanted = load(adata, CONFIG).fingerprint()
     assert load(tmp_path / "a.zarr", CONFIG).fingerprint() == wanted
     opened = anndata.read_h5ad(path, backed="r")
@@ -169,6 +172,23 @@ def test_doses_are_read_beside_their_perturbations(adata):
     assert set(dataset.label) == {"control", "A@2", "B@2", "A+B@0.5", "GENE3@2"}
     both = np.flatnonzero(dataset.label == "A+B@0.5")[0]
     assert dataset.doses[both].tolist() == [1.0, 0.5]
+
+
+def test_a_label_keeps_the_notation_of_the_data_and_may_carry_doses(adata):
+    other = adata.copy()
+    other.obs["perturbation"] = np.resize(["ctrl", "B_A@0.5", "A_ctrl"], 211)
+    dataset = load(other, DataConfig(separator="_", cell_type=""))
+    assert set(dataset.label) == {"control", "A@0.5_B", "A"}
+    both = np.flatnonzero(dataset.label == "A@0.5_B")[0]
+    assert dataset.doses[both].tolist() == [0.5, 1.0]
+
+
+def test_nullable_text_as_newer_versions_write_it_is_read(adata, tmp_path):
+    other = adata.copy()
+    other.obs["tissue"] = pd.array(np.resize(["t1", "t2", None], 211), dtype="string")
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        dataset = load(written(other, tmp_path), CONFIG)
+    assert dataset.tissue.tolist() == load(other, CONFIG).tissue.tolist()
 
 
 def test_cells_with_few_counts_are_left_out_and_counted(adata):
