@@ -34,7 +34,7 @@ class Case:
     reason: str = ""  # why a quantity or a dtype is left out
     dtypes: tuple[str, ...] = ("float64", "float32")
     c: float = 100.0  # float64 threshold: c 2^-53 S
-    terms: int = 16  # n of the floor gamma_n S
+    terms: int = 4  # n of the floor gamma_n S
     accuracy: float | None = None  # float32: required error relative to the largest entry of a leaf
     taylor: bool = True  # False where a stop-gradient makes the derivative differ from the function's
     run: Callable[[Any, Mapping[str, Any]], Any] | None = None  # (namespace, arguments) -> outputs

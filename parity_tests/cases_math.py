@@ -174,6 +174,7 @@ def distances() -> Iterator[Case]:
         ("power 2", plain, {"power": 2}, {}),
         ("power 2, u, weighted", weighted, {"power": 2, "estimator": "u"}, {}),
         ("smoothed as in the original", plain, {"smoothing": 1e-8}, {"hvp_zero": True}),
+        ("far from each other", plain | {"y": y + 300.0}, {}, {"accuracy": 1e-5}),
         ("near pairs", near, {}, {"accuracy": 1e-5}),
         ("smoothed strongly, u", plain, {"smoothing": 0.25, "estimator": "u"}, {}),
         ("coincident cells", together, {}, {"taylor": False}),
@@ -221,6 +222,10 @@ def distances() -> Iterator[Case]:
     for label, static in (("u", {"estimator": "u"}), ("u, power 2", {"estimator": "u", "power": 2})):
         grouped = {"x": gx, "y": gy, "wx": gwx_u, "wy": gwy_u}
         yield Case(f"energy_distance_grouped/{label}, padded, an empty group", "distances.energy_distance_grouped", grouped, static, **both)
+    alone = {"wx": gwx_u * (np.arange(7) < np.array([7, 1, 2, 5, 0])[:, None]), "wy": gwy_u}
+    yield Case(
+        "energy_distance_grouped/u, a group of one cell", "distances.energy_distance_grouped", {"x": gx, "y": gy, **alone}, {"estimator": "u"}, **both
+    )  # fmt: skip
     grouped = {"x": gx + 1000.0, "y": gy + 1000.0, "wx": gwx, "wy": gwy}
     yield Case("energy_distance_grouped/far from the origin", "distances.energy_distance_grouped", grouped, accuracy=1e-5, **both)
     gx_same = gx.copy()

@@ -256,6 +256,8 @@ def _within(x: Jet, w: Array, estimator: str, power: int, smoothing: float) -> J
     if estimator == "u":
         total = 1 - (w**2).sum()
         products = products - np.diag(np.diag(products))
+        if np.count_nonzero(w) == 1:  # no pairs: nothing is added, and nothing divided
+            total = WIDE(1)
     return (_powers(x, x, power, smoothing) * (products / total)).sum()
 
 

@@ -84,8 +84,10 @@ class Side:
     def namespace(self) -> Namespace:
         return Namespace(self.package or f"pf_{self.framework}")
 
-    def evaluate(self, case: Case) -> Evaluation:
-        return (_evaluate_jax if self.framework == "jax" else _evaluate_torch)(self, case)
+    def evaluate(self, case: Case, skip: tuple[str, ...] = ()) -> Evaluation:
+        """Everything that the case names, without the quantities in `skip`."""
+        quantities = tuple(name for name in case.quantities if name not in skip)
+        return (_evaluate_jax if self.framework == "jax" else _evaluate_torch)(self, case, quantities)
 
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
@@ -132,7 +134,7 @@ def _is_float(value: Any) -> bool:
     return "float" in str(value.dtype)
 
 
-def _evaluate_jax(side: Side, case: Case) -> Evaluation:
+def _evaluate_jax(side: Side, case: Case, quantities: tuple[str, ...]) -> Evaluation:
     import jax
     import jax.numpy as jnp
 
@@ -164,11 +166,11 @@ def _evaluate_jax(side: Side, case: Case) -> Evaluation:
 
         def everything(moving: Leaves) -> Leaves:
             out: Leaves = {"value": outputs(moving)}
-            if "gradient" in case.quantities and active:
+            if "gradient" in quantities and active:
                 out["gradient"] = jax.grad(scalar)(moving)
-            if "jvp" in case.quantities and active:
+            if "jvp" in quantities and active:
                 out["jvp"] = jax.jvp(forward, (moving,), (directions,))[1]
-            if "hvp" in case.quantities and active:
+            if "hvp" in quantities and active:
                 out["hvp"] = jax.grad(slope)(moving)
             return out
 
@@ -236,7 +238,7 @@ def _torch_context(side: Side) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _evaluate_torch(side: Side, case: Case) -> Evaluation:
+def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Evaluation:
     import torch
 
     active = case.active()
@@ -251,7 +253,7 @@ def _evaluate_torch(side: Side, case: Case) -> Evaluation:
         outputs = {name: torch.as_tensor(value) for name, value in raw.items()}
         floats = {name: value for name, value in outputs.items() if _is_float(value)}
         result = Evaluation({name: numpy(value) for name, value in outputs.items()})  # type: ignore[misc]
-        if not active or case.quantities == ("value",):
+        if not active or quantities == ("value",):
             return result
         # The weights are variables, so that <J^T w, u> can be differentiated in them: that is J u.
         weights = {
@@ -259,7 +261,7 @@ def _evaluate_torch(side: Side, case: Case) -> Evaluation:
         }
         scalar = sum(((value * weights[name]).sum() for name, value in floats.items()), torch.zeros(()))
         directions = {name: side.array(value) for name, value in case.directions().items()}
-        twice = "jvp" in case.quantities or "hvp" in case.quantities
+        twice = "jvp" in quantities or "hvp" in quantities
         inputs = list(moving.values())
         gradients = torch.autograd.grad(scalar, inputs, create_graph=twice, allow_unused=True)
         # A leaf that only the weights reach has no path; autograd says None for it.
@@ -275,9 +277,9 @@ def _evaluate_torch(side: Side, case: Case) -> Evaluation:
             seconds: tuple[Any, ...] = (None,) * (len(inputs) + len(chosen))
             if slope is not None:
                 seconds = torch.autograd.grad(slope, inputs + chosen, allow_unused=True)
-            if "hvp" in case.quantities:
+            if "hvp" in quantities:
                 result.hvp = {name: numpy(grad) for name, grad in zip(active, seconds, strict=False)}
-            if "jvp" in case.quantities:
+            if "jvp" in quantities:
                 tangents = zip(names, seconds[len(inputs) :], strict=True)
                 result.jvp = {
                     name: np.zeros_like(result.value[name]) if grad is None else numpy(grad)  # type: ignore[misc]

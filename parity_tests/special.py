@@ -84,9 +84,7 @@ def nb_log_prob_elements(x: Array, mu: Jet, r: Jet, method: str = "stable") -> J
     size = _size(rising_ratio, log_mu - factorial, s * ratio, value)
     size_mu = _size(s * (x + m) / (m * (s + m)))
     size_r = _size(rising[1], ratio, (m - x) / (s + m))
-    # The derivative of r (x - mu) / (mu (r + mu)), term by term; for x = 0 that is -r / (r + mu), and nothing is large.
-    slope = np.where(x > 0, (np.abs(x - m) + m) / m**2, 0)
-    size_mu_mu = _size(slope * s / (s + m), np.where(x > 0, (x - m) / m, 1) * s / (s + m) ** 2)
+    size_mu_mu = _size(x / m**2, (x + s) / (m + s) ** 2)
     size_mu_r = _size((x + m) / (s + m) ** 2)
     size_r_r = _size(rising[2], m / (s * (s + m)), (x + m) / (s + m) ** 2)
     if method == "plain":

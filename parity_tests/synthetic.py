@@ -110,6 +110,7 @@ def operator_batch(config: Config, index: int = 0, *, offset: float = 0.0) -> Ar
         "wy": wy,
         "weight": weight,
         "slot": slot,
+        "distinct": (weight > 0).astype(float),
     }
 
 
