@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN
-from pf_jax.probe import record
 
 __all__ = [
     "digamma_difference",
@@ -461,8 +460,8 @@ def elbo_loss(
     Returns:
         loss (), nats per cell, and parts {"nll", "kl"}.
     """
-    nll = _mean(record("nll", -nb_log_prob(x, mu, r)), weight)
-    kl = _mean(record("kl", gaussian_kl(z_mu, z_logvar)), weight)
+    nll = _mean(-nb_log_prob(x, mu, r), weight)
+    kl = _mean(gaussian_kl(z_mu, z_logvar), weight)
     return nll + beta * kl, jax.lax.stop_gradient({"nll": nll, "kl": kl})
 
 

@@ -18,6 +18,8 @@ _active: ContextVar[dict[str, object] | None] = ContextVar("pf_jax_recording", d
 def record(name: str, value: Value) -> Value:
     """Note an intermediate under a name, if a recording is active.
 
+    A name met again in one recording gets a running number: `vae.decoder.mean`, `vae.decoder.mean.2`.
+
     Args:
         name: dotted name, for example "vae.encoder.hidden".
         value: what was computed.
@@ -28,7 +30,11 @@ def record(name: str, value: Value) -> Value:
     store = _active.get()
     # twin: a value that is being traced has no numbers yet, and keeping it would leak the tracer.
     if store is not None and not isinstance(value, Tracer):
-        store[name] = value
+        key, n = name, 1
+        while key in store:
+            n += 1
+            key = f"{name}.{n}"
+        store[key] = value
     return value
 
 

@@ -205,7 +205,7 @@ def vae_loss(
     vae = NBVAE(config.vae, select(params, "vae"))
     mu, r, z_mu, z_logvar = vae(batch["counts"], batch["tissue"], batch["library"], noise["eps"])
     loss, parts = elbo_loss(batch["counts"], mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
-    return loss, (parts, {})
+    return loss, ({name: record(name, value) for name, value in parts.items()}, {})
 
 
 def operator_loss(
@@ -262,14 +262,14 @@ def joint_loss(
         loss () and (parts {"energy", "gene_energy", "spectral", "shrinkage", "sigma_max", "nll", "kl"}, carry).
     """
     vae = NBVAE(config.vae, select(params, "vae"))
-    cells = {name: batch[f"cells_{name}"] for name in ("counts", "tissue", "library", "weight")}
-    elbo, (elbo_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
     x, y = (_grouped(vae.encode, batch[f"{side}_counts"], batch["tissue"])[0] for side in ("x", "y"))
     A, b = _operators(params, batch)
     image = record("operators.image", apply_operator(A, b, x))
     loss, (parts, carry) = _operator_terms(params, batch, noise, carry, A, image, y, config)
     moved, target = (_grouped(partial(_profile, vae), z, batch["tissue"]) for z in (image, y))
     gene_energy = record("gene_energy", _energy(moved, target, batch, config))
+    cells = {name: batch[f"cells_{name}"] for name in ("counts", "tissue", "library", "weight")}
+    elbo, (elbo_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
     loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
     return loss, (parts | {"gene_energy": jax.lax.stop_gradient(gene_energy)} | elbo_parts, carry)
 
@@ -298,8 +298,8 @@ def _operator_terms(params, batch, noise, carry, A, image, y, config: Config):
         if operator.warm_start:
             carry = {"v": carry["v"].at[batch["slot"]].set(v)}
     sigma = spectral_norm(matrices, v, n_iter=0)
-    shrinkage = record("shrinkage", identity_penalty(A, weight))
-    loss = energy + operator.spectral_weight * record("spectral", spectral) + operator.shrinkage * shrinkage
+    spectral, shrinkage = record("spectral", spectral), record("shrinkage", identity_penalty(A, weight))
+    loss = energy + operator.spectral_weight * spectral + operator.shrinkage * shrinkage
     parts = {"energy": energy, "spectral": spectral, "shrinkage": shrinkage, "sigma_max": (mask * sigma).max()}
     return loss, (jax.lax.stop_gradient(parts), jax.lax.stop_gradient(carry))
 

@@ -54,8 +54,8 @@ class Encoder(nnx.Module):
                 "align with pf_core.genes.align_genes"
             )
         x = x.astype(self.hidden.weight.dtype)
-        h = jax.nn.relu(self.hidden(jnp.log1p(x) if self.config.input == "log1p" else x))
-        record("vae.encoder.hidden", h)
+        inputs = jnp.log1p(x) if self.config.input == "log1p" else x
+        h = record("vae.encoder.hidden", jax.nn.relu(self.hidden(inputs)))
         h = jnp.concatenate([h, _one_hot(tissue, self.mean.weight.shape[0] - n_hidden, h.dtype)], axis=-1)
         return record("vae.encoder.mean", self.mean(h)), record("vae.encoder.logvar", self.logvar(h))
 
@@ -162,7 +162,7 @@ class NBVAE(nnx.Module):
             (n_genes,) for "gene", (n_cells, n_genes) for "gene-tissue".
         """
         r = inverse_dispersion(self.decoder.log_r[...])
-        return record("vae.decoder.r", r if self.config.dispersion == "gene" else r[tissue])
+        return record("vae.r", r if self.config.dispersion == "gene" else r[tissue])
 
     def __call__(
         self, x: jax.Array, tissue: jax.Array, library: jax.Array, eps: jax.Array
@@ -184,7 +184,7 @@ class NBVAE(nnx.Module):
             ValueError: another number of genes than the model has.
         """
         z_mu, z_logvar = self.encode(x, tissue)
-        z = record("vae.latent", reparameterize(z_mu, z_logvar, eps))
+        z = record("vae.z", reparameterize(z_mu, z_logvar, eps))
         return self.decode(z, tissue, library), self.dispersion(tissue), z_mu, z_logvar
 
 

@@ -4,53 +4,102 @@ Its files, names, argument orders and defaults are those of pf_jax, and its text
 an argument. Imports neither JAX nor Flax.
 """
 
-from pf_torch import bridge, conditions, distances, layers, likelihood, operators, probe, spectral, steps, vae
 from pf_torch.bridge import Backend, gradient_health, synchronize, to_backend, to_numpy, value_and_grad
 from pf_torch.conditions import ConditionEncoder
 from pf_torch.distances import energy_distance, energy_distance_grouped, sliced_energy_distance
-from pf_torch.likelihood import elbo_loss, gaussian_kl, nb_log_prob
-from pf_torch.operators import OperatorFamily, commutator_norm, compose, response_profile
-from pf_torch.spectral import operator_norm, spectral_norm, spectral_penalty, spectral_radius
-from pf_torch.steps import evaluate, init_state, joint_step, operator_step, run_steps, vae_step
-from pf_torch.vae import NBVAE
+from pf_torch.layers import Linear
+from pf_torch.likelihood import (
+    digamma_difference,
+    elbo_loss,
+    gaussian_kl,
+    inverse_dispersion,
+    lgamma_difference,
+    nb_log_prob,
+    nb_log_prob_elements,
+    reparameterize,
+    strict_clip,
+)
+from pf_torch.operators import (
+    OperatorFamily,
+    apply_operator,
+    commutator_norm,
+    compose,
+    identity_penalty,
+    response_profile,
+)
+from pf_torch.probe import record, recording
+from pf_torch.spectral import (
+    generator_penalty,
+    operator_norm,
+    power_iteration,
+    spectral_norm,
+    spectral_penalty,
+    spectral_radius,
+)
+from pf_torch.steps import (
+    TrainState,
+    adam_update,
+    clip_by_global_norm,
+    evaluate,
+    init_state,
+    joint_loss,
+    joint_step,
+    operator_loss,
+    operator_step,
+    run_steps,
+    vae_loss,
+    vae_step,
+)
+from pf_torch.vae import NBVAE, Decoder, Encoder
 
 __all__ = [
     "NBVAE",
     "Backend",
     "ConditionEncoder",
+    "Decoder",
+    "Encoder",
+    "Linear",
     "OperatorFamily",
-    "bridge",
+    "TrainState",
+    "adam_update",
+    "apply_operator",
+    "clip_by_global_norm",
     "commutator_norm",
     "compose",
-    "conditions",
-    "distances",
+    "digamma_difference",
     "elbo_loss",
     "energy_distance",
     "energy_distance_grouped",
     "evaluate",
     "gaussian_kl",
+    "generator_penalty",
     "gradient_health",
+    "identity_penalty",
     "init_state",
+    "inverse_dispersion",
+    "joint_loss",
     "joint_step",
-    "layers",
-    "likelihood",
+    "lgamma_difference",
     "nb_log_prob",
+    "nb_log_prob_elements",
+    "operator_loss",
     "operator_norm",
     "operator_step",
-    "operators",
-    "probe",
+    "power_iteration",
+    "record",
+    "recording",
+    "reparameterize",
     "response_profile",
     "run_steps",
     "sliced_energy_distance",
-    "spectral",
     "spectral_norm",
     "spectral_penalty",
     "spectral_radius",
-    "steps",
+    "strict_clip",
     "synchronize",
     "to_backend",
     "to_numpy",
-    "vae",
+    "vae_loss",
     "vae_step",
     "value_and_grad",
 ]
