@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pf_core.config import Config
-    from pf_core.model import Model, Operator
+    from pf_core.model import Model
+    from pf_core.operator import Operator
 
 __version__ = "0.1.0"
 __all__ = ["Config", "Model", "Operator", "__version__"]
@@ -20,8 +21,12 @@ def __getattr__(name: str) -> Any:
         from pf_core.config import Config
 
         return Config
-    if name in ("Model", "Operator"):
-        from pf_core import model
+    if name == "Model":
+        from pf_core.model import Model
 
-        return getattr(model, name)
+        return Model
+    if name == "Operator":
+        from pf_core.operator import Operator
+
+        return Operator
     raise AttributeError(f"module 'pf_core' has no attribute {name!r}")

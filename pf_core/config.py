@@ -103,6 +103,7 @@ class OperatorConfig:
     n_bases: int = 8
     n_hidden: int = 32
     start: Literal["identity", "shift", "least_squares"] = "shift"
+    calibrate: bool = True  # add what the decoder does not show of known changes (calibration.py)
     shrinkage: float = 0.1  # lambda_A of lambda_A mean |A - I|_F^2
     spectral_weight: float = 1.0
     spectral_target: Literal["operators", "bases"] = "operators"

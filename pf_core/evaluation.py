@@ -109,13 +109,10 @@ def _model_predictor(model: Model, dataset: Dataset, controls: np.ndarray) -> Pr
 
     def predict(task: Task) -> Prediction | Declined:
         try:
-            members = model.members(task.label)
-            z0 = model.encode(dataset, controls)
-            z1 = model.move(dataset, z0, controls, members)
+            _, [(_, means)] = model.forecast(dataset, controls, [model.members(task.label)])
         except PredictionError as error:
             return Declined(str(error))
-        tissue = model.vocabulary.codes("tissues", dataset.tissue[controls])
-        return Prediction(model.means(z0, z1, tissue, task.library.astype(model.config.dtype)), "operator")
+        return Prediction(means, "operator")
 
     return predict
 

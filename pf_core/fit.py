@@ -14,6 +14,7 @@ import numpy as np
 from pf_core import backends, data, genes, splits
 from pf_core.backends import Backend
 from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
+from pf_core.calibration import Decoded, calibrate, to_arrays
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
@@ -24,6 +25,7 @@ from pf_core.initial import Parameters, Sizes, operator_parameters, vae_paramete
 from pf_core.judgement import judge_run
 from pf_core.labels import CONTROL, UNKNOWN, vocabulary
 from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
+from pf_core.outputs import BLOCK
 from pf_core.splits import Split
 from pf_core.start import start_operators, start_vae
 from pf_core.training import stage_settings, train_stage
@@ -244,9 +246,12 @@ def _fit(
     run.log(f"training with {description}")
     with reporter(console) as show:
         params = _train(run, config, dataset, split, names, twin, show)
-    run.write("model.safetensors", params)
-    run.commit()
     model = Model(config, names, params, twin, run)
+    run.write("model.safetensors", params)
+    if config.operator.calibrate:
+        model.calibration = calibrate(dataset, training_groups(dataset, split), decoded_change(model, dataset))
+        run.write("calibration.safetensors", to_arrays(model.calibration))
+    run.commit()
     with console.status("judging the held-out conditions") if console and console.is_terminal else nullcontext():
         judge_run(model, dataset, split, references=references, console=console)
     return model
@@ -308,6 +313,22 @@ def _train(
     params = stage("operator", source, {**params, **start}, operator_part, carry)
     joint = JointSource(cells, latents, groups, held, names, config)
     return stage("joint", joint, params, lambda name: name != "conditions.features", carry)
+
+
+def decoded_change(model: Model, dataset: Dataset) -> Decoded:
+    """Mean decoded profiles of control cells before and after the operator of a group."""
+
+    def decoded(group: Group, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        library = dataset.library()[cells][:, None]
+        _, [(_, means)] = model.forecast(dataset, cells, [model.members(group.label)])
+        total = np.zeros((2, dataset.n_genes))
+        for start in range(0, len(cells), BLOCK):
+            rows = slice(start, min(start + BLOCK, len(cells)))
+            total += np.stack([(mu / library[rows]).sum(0) for mu in means(rows)])
+        before, after = total / len(cells)
+        return before, after
+
+    return decoded
 
 
 def validation_groups(dataset: Dataset, split: Split) -> list[Group]:

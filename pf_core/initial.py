@@ -1,7 +1,8 @@
 """Initial values of every parameter, drawn once in NumPy, so that both twins start equal.
 
 Parameters have one canonical form: dotted names, dense weights (in, out). The names are the attribute paths of the
-modules in both twins. Dense layers start at U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike.
+modules in both twins. Dense layers start at U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike; the hidden
+biases of alpha and beta lie 1 higher.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def operator_parameters(config: OperatorConfig, n_latent: int, sizes: Sizes, see
         params[f"operators.{name}"] = 0.01 * generator(seed, f"operators.{name}").standard_normal(shape)
     for name in ("alpha", "beta"):
         _dense(params, seed, f"operators.{name}.hidden", config.n_theta, config.n_hidden)
+        # Most units start active, so the profile starts near linear in theta: members add until data say otherwise.
+        params[f"operators.{name}.hidden.bias"] += 1.0
         _dense(params, seed, f"operators.{name}.out", config.n_hidden, config.n_bases)
     return params
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,73 +13,36 @@ import numpy as np
 from pf_core import backends, data, genes
 from pf_core.backends import Arrays, Backend
 from pf_core.batches import Vocabulary
+from pf_core.calibration import Calibration, apply, from_arrays
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
 from pf_core.labels import Members, parse_condition
+from pf_core.operator import Operator
 from pf_core.outputs import Means, predicted_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-__all__ = ["Model", "Operator"]
+__all__ = ["Model"]
 
 ENCODE_BLOCK = 1024  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
-
-
-@dataclass(frozen=True)
-class Operator:
-    """K(z) = A z + b of one condition, with the response profile (alpha, beta) it came from."""
-
-    label: str
-    A: np.ndarray  # (n_latent, n_latent)
-    b: np.ndarray  # (n_latent,)
-    alpha: np.ndarray  # (n_bases,)
-    beta: np.ndarray  # (n_bases,)
-
-    def __call__(self, z: np.ndarray) -> np.ndarray:
-        """Move latents (n_cells, n_latent)."""
-        return z @ self.A.T + self.b
-
-    def then(self, other: Operator) -> Operator:
-        """The composition: this operator first, the other after it. Its profile is the sum of both."""
-        return Operator(
-            f"{self.label} then {other.label}",
-            other.A @ self.A,
-            other.A @ self.b + other.b,
-            self.alpha + other.alpha,
-            self.beta + other.beta,
-        )
-
-    def norm(self, kind: str = "spectral") -> float:
-        """The spectral (largest singular value) or Frobenius norm of A."""
-        orders = {"spectral": 2, "frobenius": "fro"}
-        if kind not in orders:
-            raise ValueError(f"kind is {kind!r}; 'spectral' or 'frobenius' was wanted")
-        return float(np.linalg.norm(self.A, orders[kind]))
-
-    def eigenvalues(self) -> np.ndarray:
-        """Complex eigenvalues of A, (n_latent,)."""
-        return np.linalg.eigvals(self.A)
-
-    def spectral_radius(self) -> float:
-        """The largest absolute eigenvalue of A."""
-        return float(np.abs(self.eigenvalues()).max())
-
-    def commutator_norm(self, other: Operator) -> float:
-        """Frobenius norm of K_a K_b - K_b K_a as affine maps; 0 where the order does not matter."""
-        first, second = other.then(self), self.then(other)
-        return float(np.hypot(np.linalg.norm(first.A - second.A), np.linalg.norm(first.b - second.b)))
 
 
 class Model:
     """A trained model and the run it lives in."""
 
     def __init__(
-        self, config: Config, vocabulary: Vocabulary, params: Mapping[str, np.ndarray], backend: Backend, run: Run
+        self,
+        config: Config,
+        vocabulary: Vocabulary,
+        params: Mapping[str, np.ndarray],
+        backend: Backend,
+        run: Run,
+        calibration: Calibration | None = None,
     ) -> None:
         self.config, self.vocabulary, self.params = config, vocabulary, dict(params)
-        self.backend, self.run = backend, run
+        self.backend, self.run, self.calibration = backend, run, calibration
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
@@ -130,8 +92,10 @@ class Model:
         """
         run = Run.open(path)
         config = read_config(run)
-        params = run.read_arrays("model.safetensors")
-        return cls(config, read_vocabulary(run), params, backends.load(backend, dtype=config.dtype, device=device), run)
+        twin = backends.load(backend, dtype=config.dtype, device=device)
+        params, name = run.read_arrays("model.safetensors"), "calibration.safetensors"
+        calibration = from_arrays(run.read_arrays(name)) if run.has(name) else None
+        return cls(config, read_vocabulary(run), params, twin, run, calibration)
 
     # --- latent space -------------------------------------------------------------------------------------------
     def encode(self, dataset: data.Dataset, cells: np.ndarray | None = None) -> np.ndarray:
@@ -160,15 +124,6 @@ class Model:
         pad = ENCODE_BLOCK - n
         padded = (np.pad(z, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), np.pad(library, (0, pad), mode="edge"))
         return self.backend.decode(self.params, *padded, self.config)[:n]
-
-    def means(self, z0: np.ndarray, z1: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> Means:
-        """(mu0, mu1) of a block of cells, decoded when asked for."""
-
-        def block(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-            rest = (tissue[rows], library[rows])
-            return self.decode(z0[rows], *rest), self.decode(z1[rows], *rest)
-
-        return block
 
     def dispersion(self) -> np.ndarray:
         """Inverse dispersion per gene (the mean over tissues where each has its own)."""
@@ -305,6 +260,53 @@ class Model:
             moved[mask] = operator(z[mask])
         return moved
 
+    def forecast(
+        self,
+        dataset: data.Dataset,
+        cells: np.ndarray,
+        steps: Sequence[Members],
+        *,
+        times: Sequence[float] = (1.0,),
+    ) -> tuple[np.ndarray, list[tuple[np.ndarray, Means]]]:
+        """Where these cells go under conditions applied one after the other.
+
+        Args:
+            dataset: with the model's genes.
+            cells: (n,) indices of control cells.
+            steps: the conditions.
+            times: points of the way from the start (0) to the end (1), z_t = (1 - t) z + t K(z).
+
+        Returns:
+            Latents before, (n, n_latent); and per time the latents there with the means (mu0, mu1) of a block of the
+            cells, decoded when asked for and corrected by the calibration.
+        """
+        z0 = z1 = self.encode(dataset, cells)
+        contexts = sorted(set(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True)))
+        place = {context: row for row, context in enumerate(contexts)}
+        rows_of = np.array([place[key] for key in zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True)])
+        corrections = np.zeros((len(contexts), dataset.n_genes))
+        for members in steps:
+            z1 = self.move(dataset, z1, cells, members)
+            for context, row in place.items():
+                found = self.calibration.of(members, context) if self.calibration else None
+                corrections[row] += 0.0 if found is None else found
+        tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
+        library = dataset.library()[cells].astype(self.config.dtype)
+
+        def at(time: float) -> tuple[np.ndarray, Means]:
+            z = z0 + z0.dtype.type(time) * (z1 - z0)
+
+            def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+                rest = (tissue[rows], library[rows])
+                mu0, mu1 = self.decode(z0[rows], *rest), self.decode(z[rows], *rest)
+                if corrections.any():
+                    mu1 = apply(mu1, library[rows], time * corrections[rows_of[rows]])
+                return mu0, mu1
+
+            return z, means
+
+        return z0, [at(time) for time in times]
+
     def predict(
         self,
         controls: Any,
@@ -333,13 +335,10 @@ class Model:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.
         """
         dataset, report = self.controls(controls, keep=keep)
-        cells = np.arange(dataset.n_cells)
-        z0 = self.encode(dataset)
-        z1 = z0
-        for step in (perturbation, *then):
-            z1 = self.move(dataset, z1, cells, self.members(step))
+        steps = [self.members(step) for step in (perturbation, *then)]
+        z0, [(z1, means)] = self.forecast(dataset, np.arange(dataset.n_cells), steps)
         label = " then ".join((perturbation, *then))
-        return self._cells(dataset, z0, z1, label, report, output=output, seed=seed)
+        return self._cells(dataset, z0, z1, means, label, report, output=output, seed=seed)
 
     def trajectory(
         self,
@@ -359,17 +358,15 @@ class Model:
         import anndata
 
         dataset, report = self.controls(controls, keep=keep)
-        z0 = self.encode(dataset)
-        z1 = self.move(dataset, z0, np.arange(dataset.n_cells), self.members(perturbation))
+        steps = [self.members(perturbation)]
+        z0, points = self.forecast(dataset, np.arange(dataset.n_cells), steps, times=times)
         parts = []
-        for time in times:
-            z = z0 + z0.dtype.type(time) * (z1 - z0)
-            part = self._cells(dataset, z0, z, perturbation, report, output=output, seed=seed)
+        for time, (z, means) in zip(times, points, strict=True):
+            part = self._cells(dataset, z0, z, means, perturbation, report, output=output, seed=seed)
             part.obs["time"] = float(time)
             part.obs_names = [f"{name}-t{time:g}" for name in part.obs_names]
             parts.append(part)
-        joined = anndata.concat(parts, merge="same", uns_merge="same")
-        return joined
+        return anndata.concat(parts, merge="same", uns_merge="same")
 
     def counterfactual(self, controls: Any, first: str, second: str, **options: Any) -> tuple[AnnData, AnnData]:
         """The same control cells under two conditions, with the same draws."""
@@ -380,6 +377,7 @@ class Model:
         dataset: data.Dataset,
         z0: np.ndarray,
         z1: np.ndarray,
+        means: Means,
         label: str,
         report: Mapping[str, Any],
         *,
@@ -389,11 +387,9 @@ class Model:
         import anndata
         import pandas as pd
 
-        tissue = self.vocabulary.codes("tissues", dataset.tissue)
-        library = dataset.library().astype(self.config.dtype)
         counts = predicted_counts(
             dataset.rows(np.arange(dataset.n_cells)),
-            self.means(z0, z1, tissue, library),
+            means,
             seed=seed,
             name=label,
             output=output,
