@@ -293,7 +293,7 @@ def adam_update(
     Returns:
         params, m, v, count after the step.
     """
-    count, lr = count + 1, float(lr)
+    count, lr = int(count) + 1, float(lr)  # an integer tensor would take the corrections to float32
     correct_m, correct_v = (-float(np.expm1(count * np.log(b))) for b in (ADAM_B1, ADAM_B2))
     new_params, new_m, new_v = {}, {}, {}
     for name, p in params.items():
