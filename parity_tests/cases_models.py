@@ -60,7 +60,7 @@ def vae() -> Iterator[Case]:
     kink = {name: value.copy() for name, value in select(params, "encoder").items()}
     kink["hidden.weight"][:, :9], kink["hidden.bias"][:9] = 0.0, 0.0
     yield Case("Encoder/hidden units exactly at the kink", "vae.Encoder", {"params": kink, **cells}, {"config": config}, PARAMS, taylor=False)
-    steep = {name: value * (6.0 if name.startswith("mean") else 1.0) for name, value in select(params, "decoder").items()}
+    steep = {name: value * (30.0 if name.startswith("mean") else 1.0) for name, value in select(params, "decoder").items()}
     for scale in ("library", "softplus"):
         config = syn.configuration(vae__scale=scale).vae
         yield Case(

@@ -263,10 +263,12 @@ def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Eval
         directions = {name: side.array(value) for name, value in case.directions().items()}
         twice = "jvp" in quantities or "hvp" in quantities
         inputs = list(moving.values())
-        gradients = torch.autograd.grad(scalar, inputs, create_graph=twice, allow_unused=True)
+        # First as training does it, then with a graph: a custom rule may take another way for second derivatives.
+        gradients = torch.autograd.grad(scalar, inputs, retain_graph=twice, allow_unused=True)
         # A leaf that only the weights reach has no path; autograd says None for it.
         result.gradient = {name: numpy(grad) for name, grad in zip(active, gradients, strict=True)}
         if twice:
+            gradients = torch.autograd.grad(scalar, inputs, create_graph=True, allow_unused=True)
             pieces = [
                 (grad * directions[name]).sum()
                 for name, grad in zip(active, gradients, strict=True)
