@@ -1,9 +1,9 @@
 """Energy distances between sets of cells (docs/math.md 5).
 
 Distances are consumed in tiles and never stored: one pass over the tiles gives the value and the closed-form
-gradient. The rule is a `jax.custom_jvp` whose tangent is linear in the gradient of that pass, and the pass itself is
-made of differentiable operations under `jax.checkpoint`, so that jvp, grad and Hessian-vector products all work in
-the memory of a tile (third derivatives work too, by plain autodiff of the pass).
+gradient. The rule is a `jax.custom_jvp` whose tangent is the product with that gradient, and the pass is made of
+differentiable operations under `jax.checkpoint`, so that jvp, grad and Hessian-vector products (forward over reverse,
+or reverse over reverse) work in the memory of a tile.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from pf_jax.layers import matmul
 __all__ = ["energy_distance", "energy_distance_grouped", "sliced_energy_distance"]
 
 Estimator = Literal["v", "u"]
+_NEAR = 1e-3  # of |x|^2 + |y|^2 about the centre: below it |x - y|^2 is not taken from a product of matrices
+_FAR = 1e30  # its square root and its inverse fit into float32
 
 
 def energy_distance(
@@ -154,23 +156,20 @@ def _energy(x, y, wx, wy, estimator: Estimator, power: int, smoothing: float, ti
     present = (total_x > 0) & (total_y > 0)
     wx = jnp.where(present, wx / jnp.where(present, total_x, 1.0), 0.0)
     wy = jnp.where(present, wy / jnp.where(present, total_y, 1.0), 0.0)
+    own_x, own_y = (wx * wx).sum(-1), (wy * wy).sum(-1)
     # The distance does not change under a shift, so the shift is a constant: it keeps float32 far from the origin.
     centre = jax.lax.stop_gradient((wx[..., None] * x).sum(-2, keepdims=True))
-    x, y = x - centre, y - centre
-    own_x, own_y = (wx * wx).sum(-1), (wy * wy).sum(-1)
     if power == 2:
-        return _squared_energy(x, y, wx, wy, own_x, own_y, estimator)
+        return _squared_energy(x - centre, y - centre, wx, wy, own_x, own_y, estimator)
     if tile is None:
-        within_x, within_y = _plain(x, x, wx, wx, smoothing), _plain(y, y, wy, wy, smoothing)
-        between = _plain(x, y, wx, wy, smoothing)
-    else:
-        within_x, within_y = _within(x, wx, smoothing, tile), _within(y, wy, smoothing, tile)
-        between = _between(x, y, wx, wy, smoothing, tile)
-    if estimator == "u":
-        diagonal = math.sqrt(smoothing)
-        within_x = (within_x - diagonal * own_x) / (1.0 - own_x)
-        within_y = (within_y - diagonal * own_y) / (1.0 - own_y)
-    return 2.0 * between - within_x - within_y
+        return _plain_energy(x, y, wx, wy, own_x, own_y, estimator, smoothing)
+    # Both sides in one set: E = sum_ij w_i w_j s_ij |z_i - z_j| with s = -1 within a side and cross between the sides,
+    # so that what cancels does so term by term, before float32 rounds a sum.
+    scale_x, scale_y = (1.0 - own_x, 1.0 - own_y) if estimator == "u" else (jnp.ones_like(own_x),) * 2
+    cells = jnp.concatenate([x, y], axis=-2)
+    weight = jnp.concatenate([wx / jnp.sqrt(scale_x)[..., None], wy / jnp.sqrt(scale_y)[..., None]], axis=-1)
+    value = _signed_sum(cells, weight, centre, jnp.sqrt(scale_x * scale_y), x.shape[-2], smoothing, tile)
+    return value if estimator == "u" else value - math.sqrt(smoothing) * (own_x + own_y)
 
 
 def _squared_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator) -> jax.Array:
@@ -184,37 +183,138 @@ def _squared_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator) -> jax.Arr
     return value
 
 
-# --- sums over pairs ---------------------------------------------------------------------------------------------
+def _plain_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator, smoothing: float) -> jax.Array:
+    """The formula as it stands, from whole matrices, differentiated by autodiff."""
+
+    def mean(x, y, wx, wy):
+        squared = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1) + smoothing
+        positive = squared > 0
+        distance = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
+        return (wx[..., :, None] * wy[..., None, :] * distance).sum((-2, -1))
+
+    within_x, within_y = mean(x, x, wx, wx), mean(y, y, wy, wy)
+    if estimator == "u":
+        diagonal = math.sqrt(smoothing)
+        within_x = (within_x - diagonal * own_x) / (1.0 - own_x)
+        within_y = (within_y - diagonal * own_y) / (1.0 - own_y)
+    return 2.0 * mean(x, y, wx, wy) - within_x - within_y
 
 
-def _plain(x, y, wx, wy, smoothing: float) -> jax.Array:
-    """sum_ij wx_i wy_j |x_i - y_j| from the whole matrix, differentiated by autodiff."""
-    squared = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1) + smoothing
-    positive = squared > 0
-    distance = jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)
-    return (wx[..., :, None] * wy[..., None, :] * distance).sum((-2, -1))
+# --- tiles -------------------------------------------------------------------------------------------------------
 
 
-def _block(x, y, wx, wy, smoothing: float):
-    """Value and gradients of sum_ij wx_i wy_j |x_i - y_j| on one tile."""
-    squared = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1) + smoothing
-    positive = squared > 0
-    distance = jnp.sqrt(jnp.where(positive, squared, 1.0))
-    weight = wx[..., :, None] * wy[..., None, :] * positive
-    value = (weight * distance).sum((-2, -1))
-    weight = weight / distance
-    gx = weight.sum(-1)[..., None] * x - matmul(weight, y)
-    gy = weight.sum(-2)[..., None] * y - matmul(jnp.swapaxes(weight, -1, -2), x)
-    return value, gx, gy
+@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
+def _signed_sum(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int) -> jax.Array:
+    """sum_{i != j} w_i w_j s_ij |z_i - z_j|, differentiated in the cells.
+
+    Args:
+        cells: (..., n, n_latent) z, the first side before the second.
+        weight: (..., n) w >= 0.
+        centre: (..., 1, n_latent), about the middle of the cells.
+        cross: (...) s of a pair across the sides; it is -1 within a side.
+        n_first: cells of the first side.
+        smoothing: c of sqrt(d^2 + c).
+        tile: rows of a tile.
+    """
+    return _pass(cells, weight, centre, cross, n_first, smoothing, tile)[0]
 
 
-def _tiles(n: int, m: int, tile: int, symmetric: bool) -> np.ndarray:
-    """(n_tiles, 3): row and column of every tile, and how often it counts (twice above the diagonal)."""
-    rows, columns = -(-n // tile), -(-m // tile)
-    pairs = [(i, j, 1) for i in range(rows) for j in range(columns)]
-    if symmetric:
-        pairs = [(i, j, 1 + (i < j)) for i, j, _ in pairs if i <= j]
-    return np.asarray(pairs, np.int32)
+@_signed_sum.defjvp
+def _signed_sum_jvp(n_first, smoothing, tile, primals, tangents):
+    cells, weight, centre, cross = primals
+    value, gradient = _pass(cells, weight, centre, cross, n_first, smoothing, tile)
+    return value, (gradient * tangents[0]).sum((-2, -1))
+
+
+def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int):
+    """Value and gradient of `_signed_sum`, in one pass over the tiles on and above the diagonal."""
+    n = cells.shape[-2]
+    tile = min(tile, n)
+    n_tiles = -(-n // tile)
+    first = jnp.arange(n_tiles * tile) < n_first
+    cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
+
+    def block(row, column):
+        i, j = row * tile, column * tile
+        same = _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
+        return _block(
+            _slice(cells, i, tile, -2),
+            _slice(cells, j, tile, -2),
+            _slice(weight, i, tile, -1),
+            _slice(weight, j, tile, -1),
+            jnp.where(same, -1.0, cross[..., None, None]),
+            (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
+            centre,
+            smoothing,
+        )
+
+    if n_tiles == 1:
+        value, gradient, _ = block(0, 0)
+        return value, 2.0 * gradient
+
+    @jax.checkpoint
+    def step(carry, pair):
+        value, gradient = carry
+        row, column = pair
+        count = jnp.where(row == column, 1.0, 2.0).astype(cells.dtype)  # a tile above the diagonal stands for two
+        part, gx, gy = block(row, column)
+        gradient = _add(gradient, count * gx, row * tile)
+        return (value + count * part, _add(gradient, count * gy, column * tile)), None
+
+    rows, columns = np.triu_indices(n_tiles)
+    start = jnp.zeros(cells.shape[:-2], cells.dtype), jnp.zeros_like(cells)
+    (value, gradient), _ = jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))
+    return value, gradient[..., :n, :]
+
+
+def _block(x, y, wx, wy, sign, skip, centre, smoothing: float):
+    """sum_ij wx_i wy_j sign_ij |x_i - y_j| on one tile, and its gradients in x and in y.
+
+    A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
+    from the centre; a tile that has one (coincident cells above all) is taken by differences instead.
+    """
+    x_shifted, y_shifted = x - centre, y - centre
+    sizes = _sizes(x_shifted, wx)[..., :, None] + _sizes(y_shifted, wy)[..., None, :]
+    squared = sizes - 2.0 * matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
+    near = ((squared <= _NEAR * sizes) & ~skip).any()
+
+    def by_product():
+        value, inverse = weigh(squared)
+        gx = _pull(inverse, x_shifted, y_shifted, wy)
+        gy = _pull(jnp.swapaxes(inverse, -1, -2), y_shifted, x_shifted, wx)
+        return value, wx[..., None] * gx, wy[..., None] * gy
+
+    def by_difference():
+        value, inverse = weigh(((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1))
+        inverse = wx[..., :, None] * wy[..., None, :] * inverse
+
+        def row(gy, one):
+            pulled = one[1][..., None] * (one[0][..., None, :] - y)
+            return gy - pulled, pulled.sum(-2)
+
+        gy, gx = jax.lax.scan(row, jnp.zeros_like(y), (jnp.moveaxis(x, -2, 0), jnp.moveaxis(inverse, -2, 0)))
+        return value, jnp.moveaxis(gx, 0, -2), gy
+
+    def weigh(squared):
+        """The value, and sign_ij / |x_i - y_j|, where a distance of 0 has no direction and its inverse counts as 0."""
+        smoothed = squared + smoothing
+        counts = (smoothed > 0) & ~skip
+        distance = jnp.sqrt(jnp.where(counts, smoothed, 1.0))
+        signed = jnp.where(counts, sign, 0.0)
+        return (wx * (wy[..., None, :] * signed * distance).sum(-1)).sum(-1), signed / distance
+
+    return jax.lax.cond(near, by_difference, by_product)
+
+
+def _pull(inverse, x, y, wy):
+    """sum_j inverse_ij wy_j (x_i - y_j) as one product of matrices."""
+    sums = matmul(inverse, wy[..., None] * jnp.concatenate([y, jnp.ones_like(y[..., :1])], axis=-1))
+    return sums[..., -1:] * x - sums[..., :-1]
+
+
+def _sizes(cells, weight):
+    """Squared distance from the centre; cells without weight are put far away, where they are near to nothing."""
+    return jnp.where(weight > 0, (cells * cells).sum(-1), _FAR)
 
 
 def _padded(array: jax.Array, axis: int, tile: int) -> jax.Array:
@@ -223,62 +323,13 @@ def _padded(array: jax.Array, axis: int, tile: int) -> jax.Array:
     return jnp.pad(array, widths)
 
 
-def _pass(x, y, wx, wy, smoothing: float, tile: int, symmetric: bool):
-    """Value and gradients of the whole sum; with symmetric, y is x and the gradient in x is gx + gy."""
-    n, m = x.shape[-2], y.shape[-2]
-    if max(n, m) <= tile:
-        return _block(x, y, wx, wy, smoothing)
-    tile = min(tile, max(n, m))
-    x, y, wx, wy = _padded(x, -2, tile), _padded(y, -2, tile), _padded(wx, -1, tile), _padded(wy, -1, tile)
-    slice_of = partial(jax.lax.dynamic_slice_in_dim, slice_size=tile)
-
-    @jax.checkpoint
-    def step(carry, pair):
-        value, gx, gy = carry
-        i, j, count = pair[0] * tile, pair[1] * tile, pair[2].astype(x.dtype)
-        part, part_x, part_y = _block(
-            slice_of(x, i, axis=-2),
-            slice_of(y, j, axis=-2),
-            slice_of(wx, i, axis=-1),
-            slice_of(wy, j, axis=-1),
-            smoothing,
-        )
-        return (value + count * part, _add(gx, count * part_x, i), _add(gy, count * part_y, j)), None
-
-    start = jnp.zeros(x.shape[:-2], x.dtype), jnp.zeros_like(x), jnp.zeros_like(y)
-    (value, gx, gy), _ = jax.lax.scan(step, start, _tiles(n, m, tile, symmetric))
-    return value, gx[..., :n, :], gy[..., :m, :]
+def _slice(array: jax.Array, start, size: int, axis: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _add(total: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
-    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[-2], axis=-2)
+def _add(total: jax.Array, part: jax.Array, start) -> jax.Array:
+    old = _slice(total, start, part.shape[-2], -2)
     return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-2)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _between(x, y, wx, wy, smoothing: float, tile: int) -> jax.Array:
-    """sum_ij wx_i wy_j |x_i - y_j|, differentiated in x and y."""
-    return _pass(x, y, wx, wy, smoothing, tile, False)[0]
-
-
-@_between.defjvp
-def _between_jvp(smoothing, tile, primals, tangents):
-    x, y, wx, wy = primals
-    value, gx, gy = _pass(x, y, wx, wy, smoothing, tile, False)
-    return value, (gx * tangents[0]).sum((-2, -1)) + (gy * tangents[1]).sum((-2, -1))
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _within(x, wx, smoothing: float, tile: int) -> jax.Array:
-    """sum_ij wx_i wx_j |x_i - x_j|, differentiated in x; tiles above the diagonal only."""
-    return _pass(x, x, wx, wx, smoothing, tile, True)[0]
-
-
-@_within.defjvp
-def _within_jvp(smoothing, tile, primals, tangents):
-    x, wx = primals
-    value, gx, gy = _pass(x, x, wx, wx, smoothing, tile, True)
-    return value, ((gx + gy) * tangents[0]).sum((-2, -1))
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
