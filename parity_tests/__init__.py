@@ -6,6 +6,6 @@ a verdict per leaf. `mutants.py` plants faults in one twin; every one must be no
 of it. `check` and `check_modules` do the same for a pair that is not ours.
 """
 
-from parity_tests.check import check, check_modules
+from parity_tests.pair import check, check_modules, note
 
-__all__ = ["check", "check_modules"]
+__all__ = ["check", "check_modules", "note"]

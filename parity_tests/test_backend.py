@@ -18,7 +18,7 @@ def _x64_put_back():
     """Backend(dtype="float64") turns 64-bit numbers on for the process; the float32 cases must run without."""
     import jax
 
-    before = jax.config.read("jax_enable_x64")
+    before = jax.config.jax_enable_x64
     yield
     jax.config.update("jax_enable_x64", before)
 
