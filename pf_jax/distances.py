@@ -165,11 +165,16 @@ def _energy(x, y, wx, wy, estimator: Estimator, power: int, smoothing: float, ti
         return _plain_energy(x, y, wx, wy, own_x, own_y, estimator, smoothing)
     # Both sides in one set: E = sum_ij w_i w_j s_ij |z_i - z_j| with s = -1 within a side and cross between the sides,
     # so that what cancels does so term by term, before float32 rounds a sum.
-    scale_x, scale_y = (1.0 - own_x, 1.0 - own_y) if estimator == "u" else (jnp.ones_like(own_x),) * 2
+    scale_x, scale_y = (_rest(own_x), _rest(own_y)) if estimator == "u" else (jnp.ones_like(own_x),) * 2
     cells = jnp.concatenate([x, y], axis=-2)
     weight = jnp.concatenate([wx / jnp.sqrt(scale_x)[..., None], wy / jnp.sqrt(scale_y)[..., None]], axis=-1)
     value = _signed_sum(cells, weight, centre, jnp.sqrt(scale_x * scale_y), x.shape[-2], smoothing, tile)
     return value if estimator == "u" else value - math.sqrt(smoothing) * (own_x + own_y)
+
+
+def _rest(own: jax.Array) -> jax.Array:
+    """1 - sum w^2, the weight of the pairs of different cells; a single cell has none, and its term is 0, not 0/0."""
+    return jnp.where(own < 1.0, 1.0 - own, 1.0)
 
 
 def _squared_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator) -> jax.Array:
@@ -179,7 +184,7 @@ def _squared_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator) -> jax.Arr
     if estimator == "u":
         spread_x = (wx[..., None] * (x - mean_x[..., None, :]) ** 2).sum((-2, -1))
         spread_y = (wy[..., None] * (y - mean_y[..., None, :]) ** 2).sum((-2, -1))
-        value = value - 2.0 * (spread_x * own_x / (1.0 - own_x) + spread_y * own_y / (1.0 - own_y))
+        value = value - 2.0 * (spread_x * own_x / _rest(own_x) + spread_y * own_y / _rest(own_y))
     return value
 
 
@@ -195,8 +200,8 @@ def _plain_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator, smoothing: f
     within_x, within_y = mean(x, x, wx, wx), mean(y, y, wy, wy)
     if estimator == "u":
         diagonal = math.sqrt(smoothing)
-        within_x = (within_x - diagonal * own_x) / (1.0 - own_x)
-        within_y = (within_y - diagonal * own_y) / (1.0 - own_y)
+        within_x = (within_x - diagonal * own_x) / _rest(own_x)
+        within_y = (within_y - diagonal * own_y) / _rest(own_y)
     return 2.0 * mean(x, y, wx, wy) - within_x - within_y
 
 
