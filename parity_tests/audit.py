@@ -20,10 +20,15 @@ REACH: dict[str, tuple[str, ...]] = {
     "operator: shrinkage": ("conditions.", "operators.A0", "operators.B", "operators.alpha."),
     "joint: energy": ("vae.encoder.hidden.", "vae.encoder.mean.", "conditions.", "operators."),
     "joint: gene energy": (
-        "vae.encoder.hidden.", "vae.encoder.mean.", "vae.decoder.hidden.", "vae.decoder.mean.", "conditions.", "operators.",
+        "vae.encoder.hidden.",
+        "vae.encoder.mean.",
+        "vae.decoder.hidden.",
+        "vae.decoder.mean.",
+        "conditions.",
+        "operators.",
     ),
     "joint: elbo": ("vae.",),
-}  # fmt: skip
+}
 
 
 def declared(term: str, names: list[str]) -> set[str]:
@@ -32,7 +37,12 @@ def declared(term: str, names: list[str]) -> set[str]:
 
 
 def _config(**changes: Any) -> Config:
-    off = {"operator__spectral_weight": 0.0, "operator__shrinkage": 0.0, "operator__gene_weight": 0.0, "operator__elbo_weight": 0.0}
+    off = {
+        "operator__spectral_weight": 0.0,
+        "operator__shrinkage": 0.0,
+        "operator__gene_weight": 0.0,
+        "operator__elbo_weight": 0.0,
+    }
     return syn.configuration(**(off | changes))
 
 
@@ -69,7 +79,9 @@ def reached(backend: Any, term: str) -> set[str]:
     found = set()
     for name, grad in one.items():
         other = two[name]
-        if grad is not None and np.abs(grad - (0 if other is None else other)).max() > 1e-9 * np.abs(grad).max(initial=1e-30):
+        if grad is not None and np.abs(grad - (0 if other is None else other)).max() > 1e-9 * np.abs(grad).max(
+            initial=1e-30
+        ):
             found.add(name)
     return found
 
@@ -80,8 +92,14 @@ def frozen_stay(backend: Any) -> list[str]:
     params = syn.parameters(config)
     moving = syn.trainable("operator", params)
     state = backend.init("operator", params, trainable=tuple(moving), carry=syn.carry_of("operator", config))
-    batch, noise = (syn.stacked([syn.stacked([tree])]) for tree in (syn.operator_batch(config), syn.noise_of("operator", config)))
+    batch, noise = (
+        syn.stacked([syn.stacked([tree])]) for tree in (syn.operator_batch(config), syn.noise_of("operator", config))
+    )
     hyper = {"lr": np.array([0.01]), "beta": np.array([1.0])}
     state, _ = backend.run("operator", state, batch, noise, hyper, config)
     exported = backend.export(state)["params"]
-    return [name for name in params if name not in moving and name in exported and not np.array_equal(exported[name], params[name])]
+    return [
+        name
+        for name in params
+        if name not in moving and name in exported and not np.array_equal(exported[name], params[name])
+    ]

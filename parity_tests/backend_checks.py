@@ -66,7 +66,10 @@ def _inputs(stage: str, config: Any, steps: int, n_micro: int) -> tuple[Any, Any
 
 def _trained(export: dict[str, Any]) -> dict[str, Any]:
     """The part of an export that a step changes."""
-    return {**{k: export[k] for k in ("m", "v", "carry", "count")}, "params": {n: export["params"][n] for n in export["m"]}}
+    return {
+        **{k: export[k] for k in ("m", "v", "carry", "count")},
+        "params": {n: export["params"][n] for n in export["m"]},
+    }
 
 
 def three_steps(twin: Twin) -> str:
@@ -84,7 +87,7 @@ def three_steps(twin: Twin) -> str:
             reached = oracle_steps.step(stage, wanted, pick(batches), pick(noises), pick(hypers), config=config)
             plain = {k: {n: _plain(x) for n, x in reached[k].items()} for k in ("params", "m", "v", "carry")}
             wanted = {**plain, "count": int(reached["count"]), "frozen": frozen}
-            expected = {k: v for k, v in reached["metrics"].items()}
+            expected = dict(reached["metrics"])
             got = {k: v for k, v in metrics.items() if k != "ok"}
             got = {k: {n: x[s] for n, x in v.items()} if isinstance(v, dict) else v[s] for k, v in got.items()}
             wrong = _differs(got, expected)
@@ -92,7 +95,9 @@ def three_steps(twin: Twin) -> str:
                 return f"{stage}, metrics of step {s}: {wrong}"
         if not np.all(np.asarray(metrics["ok"])) or np.shape(metrics["ok"]) != (steps,):
             return f"{stage}: ok is {metrics['ok']}"
-        wrong = _differs(_trained(backend.export(state)), {k: wanted[k] for k in ("params", "m", "v", "carry", "count")})
+        wrong = _differs(
+            _trained(backend.export(state)), {k: wanted[k] for k in ("params", "m", "v", "carry", "count")}
+        )
         if wrong:
             return f"{stage}, state: {wrong}"
     return ""
@@ -189,7 +194,10 @@ def the_model(twin: Twin) -> str:
     tangent = model.decode(seeded, *where).b
     assert tangent is not None
     pairs = {
-        "encode": (backend.encode(params, batch["counts"], batch["tissue"], config), model.encode(batch["counts"], batch["tissue"])),
+        "encode": (
+            backend.encode(params, batch["counts"], batch["tissue"], config),
+            model.encode(batch["counts"], batch["tissue"]),
+        ),
         "decode": (backend.decode(params, z, *where, config), model.decode(z, *where)),
         "dispersion": (backend.dispersion(params, batch["tissue"], config), model.dispersion(batch["tissue"])),
         "operators": (
@@ -229,7 +237,9 @@ def gradient_paths(twin: Twin) -> str:
     """value_and_grad tells none from zero, and gradient_health passes that on."""
     array = lambda value: twin.bridge.to_backend(np.asarray(value, np.float64), dtype="float64")
     params = {"used": array([1.0, 2.0]), "unused": array([3.0]), "cancelled": array([4.0])}
-    value, grads = twin.bridge.value_and_grad(lambda p: (p["used"] * p["used"]).sum() + (p["cancelled"] * 0.0).sum(), params)
+    value, grads = twin.bridge.value_and_grad(
+        lambda p: (p["used"] * p["used"]).sum() + (p["cancelled"] * 0.0).sum(), params
+    )
     if not math.isclose(float(value), 5.0):
         return f"the value is {float(value)}, not 5"
     if grads["unused"] is not None or grads["used"] is None:
@@ -253,7 +263,9 @@ def loss_gradients(twin: Twin) -> str:
     at = _start("operator", config)
     batch, noise = syn.batch_of("operator", config), syn.noise_of("operator", config)
     names = tuple(sorted(at["params"]))
-    loss, grads = backend.gradients("operator", at["params"], names, batch, noise, {"lr": 0.0, "beta": 1.0}, at["carry"], config)
+    loss, grads = backend.gradients(
+        "operator", at["params"], names, batch, noise, {"lr": 0.0, "beta": 1.0}, at["carry"], config
+    )
     wanted = oracle_steps.operator_loss(at["params"], batch, noise, at["carry"], config=config)[0]
     if _differs(loss, wanted):
         return "the loss is wrong"
@@ -318,12 +330,23 @@ def bad_input(twin: Twin) -> str:
         "unknown device": lambda: twin.bridge.Backend(device="abacus"),
         "unknown stage": lambda: backend.init("flow", at["params"], trainable=()),
         "unknown trainable": lambda: backend.init("vae", at["params"], trainable=("vae.gone",)),
-        "moments that do not fit": lambda: backend.init("operator", at["params"], trainable=tuple(at["m"]), m={}, v=at["v"]),
-        "genes that the model lacks": lambda: backend.encode(at["params"], batch["counts"][:, :-1], batch["tissue"], config),
+        "moments that do not fit": lambda: backend.init(
+            "operator", at["params"], trainable=tuple(at["m"]), m={}, v=at["v"]
+        ),
+        "genes that the model lacks": lambda: backend.encode(
+            at["params"], batch["counts"][:, :-1], batch["tissue"], config
+        ),
         "a tissue out of range": lambda: backend.encode(at["params"], batch["counts"], far["tissue"], config),
         "a negative tissue": lambda: backend.encode(at["params"], batch["counts"], far["tissue"] - 9, config),
         "a perturbation out of range": lambda: backend.gradients(
-            "operator", at["params"], tuple(at["m"]), beyond, syn.noise_of("operator", config), hyper, at["carry"], config
+            "operator",
+            at["params"],
+            tuple(at["m"]),
+            beyond,
+            syn.noise_of("operator", config),
+            hyper,
+            at["carry"],
+            config,
         ),
         "a training tissue out of range": lambda: backend.evaluate(
             "vae", backend.init("vae", at["params"], trainable=()), {**batch, **far}, noise, config, 1.0
@@ -345,7 +368,16 @@ def bad_input(twin: Twin) -> str:
 CHECKS: dict[str, Callable[[Twin], str]] = {
     check.__name__: check
     for check in (
-        three_steps, the_guard, the_round_trip, evaluation, the_model, diagnosis, gradient_paths, loss_gradients, arrays,
-        recordings, bad_input,
+        three_steps,
+        the_guard,
+        the_round_trip,
+        evaluation,
+        the_model,
+        diagnosis,
+        gradient_paths,
+        loss_gradients,
+        arrays,
+        recordings,
+        bad_input,
     )
-}  # fmt: skip
+}

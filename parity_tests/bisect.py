@@ -25,7 +25,9 @@ GAP = {"float64": 1e-9, "float32": 1e-3}  # relative to the largest entry: a fau
 def _replaced(side: Side, record: Callable[[str, Any], Any]) -> Iterator[None]:
     package = side.package or f"pf_{side.framework}"
     original = side.namespace.probe.record
-    users = [m for name, m in sys.modules.items() if name.startswith(package + ".") and vars(m).get("record") is original]
+    users = [
+        m for name, m in sys.modules.items() if name.startswith(package + ".") and vars(m).get("record") is original
+    ]
     try:
         for module in users:
             vars(module)["record"] = record
@@ -71,7 +73,9 @@ def _trace_jax(side: Side, case: Case) -> tuple[Trace, Trace]:
 
             with _replaced(side, record):
                 outputs = flatten(case.call(side.namespace, leaves))
-            parts = [jnp.sum(v * side.array(case.weight(k, v.shape))) for k, v in outputs.items() if "float" in str(v.dtype)]
+            parts = [
+                jnp.sum(v * side.array(case.weight(k, v.shape))) for k, v in outputs.items() if "float" in str(v.dtype)
+            ]
             return sum(parts[1:], parts[0])
 
         run({})
@@ -95,8 +99,10 @@ def _trace_torch(side: Side, case: Case) -> tuple[Trace, Trace]:
 
         with _replaced(side, record):
             outputs = flatten(case.call(side.namespace, leaves))
-        parts = [(v * side.array(case.weight(k, tuple(v.shape)))).sum() for k, v in outputs.items() if v.is_floating_point()]
-        total = sum(parts[1:], parts[0])
+        parts = [
+            (v * side.array(case.weight(k, tuple(v.shape)))).sum() for k, v in outputs.items() if v.is_floating_point()
+        ]
+        total: Any = sum(parts[1:], parts[0])
         moving = {name: value for name, value in values.items() if value.requires_grad}
         found: tuple[Any, ...] = ()
         if moving and total.requires_grad:

@@ -71,7 +71,7 @@ class Case:
         return tuple(chosen)
 
     def declared(self, leaf: str) -> str:
-        """"zero", "none" or "flows"."""
+        """ "zero", "none" or "flows"."""
         for word, rules in (("zero", self.zero), ("none", self.none)):
             if any(fnmatch.fnmatchcase(leaf, rule) for rule in rules):
                 return word

@@ -62,7 +62,10 @@ def likelihood() -> Iterator[Case]:
             differentiate=("r",),
         )
     grid_mu = np.array([1e-8, 1e-3, 0.37, 1.0, 5.3, 97.0, 1e5])[:, None, None]
-    grid = {k: np.array(v).reshape(70, 10) for k, v in zip("xmr", np.broadcast_arrays(x[None], grid_mu, r[None]), strict=True)}
+    grid = {
+        k: np.array(v).reshape(70, 10)
+        for k, v in zip("xmr", np.broadcast_arrays(x[None], grid_mu, r[None]), strict=True)
+    }
     grid = {"x": grid["x"], "mu": grid["m"], "r": grid["r"]}
     yield Case(
         "nb_log_prob/extreme grid, elementwise", "likelihood.nb_log_prob_elements", grid, differentiate=("mu", "r")
@@ -73,7 +76,7 @@ def likelihood() -> Iterator[Case]:
         "mu": log_uniform("nb.mu", 0.03, 50, *shape),
         "r": log_uniform("nb.r", 0.05, 300, shape[1]),
     }
-    both = {"differentiate": ("mu", "r")}
+    both: dict[str, Any] = {"differentiate": ("mu", "r")}
     yield Case("nb_log_prob/r per gene", "likelihood.nb_log_prob", usual, **both)
     per_cell = usual | {"r": log_uniform("nb.r2", 1e-3, 9e3, *shape)}
     yield Case("nb_log_prob/r per cell and gene", "likelihood.nb_log_prob", per_cell, **both)
@@ -97,7 +100,12 @@ def likelihood() -> Iterator[Case]:
     yield Case("nb_log_prob/plain form, elementwise", "likelihood.nb_log_prob_elements", usual, **both, **plain)
 
     log_r = np.concatenate([np.linspace(-9.0, 9.0, 11), [-12.0, -9.5, 9.5, 30.0]])
-    yield Case("inverse_dispersion/inside and outside", "likelihood.inverse_dispersion", {"log_r": log_r}, differentiate=("log_r",))
+    yield Case(
+        "inverse_dispersion/inside and outside",
+        "likelihood.inverse_dispersion",
+        {"log_r": log_r},
+        differentiate=("log_r",),
+    )
     yield Case(
         "inverse_dispersion/exactly at the bounds",
         "likelihood.inverse_dispersion",
@@ -112,7 +120,13 @@ def likelihood() -> Iterator[Case]:
     latent = {"mu": normal("kl.mu", 7, 5), "logvar": normal("kl.lv", 7, 5, scale=2.0)}
     latent["logvar"][0, :3] = (-10.0, 10.0, 0.0)
     latent["logvar"][3, :3] = (-31.0, 13.0, 9.75)
-    yield Case("gaussian_kl/at bounds, inside, outside", "likelihood.gaussian_kl", latent, differentiate=("mu", "logvar"), taylor=False)
+    yield Case(
+        "gaussian_kl/at bounds, inside, outside",
+        "likelihood.gaussian_kl",
+        latent,
+        differentiate=("mu", "logvar"),
+        taylor=False,
+    )
     yield Case(
         "reparameterize/at bounds, inside, outside",
         "likelihood.reparameterize",
@@ -121,12 +135,22 @@ def likelihood() -> Iterator[Case]:
         taylor=False,
     )
     elbo = usual | {"z_mu": latent["mu"], "z_logvar": latent["logvar"]}
-    leaves = {"differentiate": ("mu", "r", "z_mu", "z_logvar"), "zero_outputs": ("1/nll", "1/kl"), "taylor": False}
+    leaves: dict[str, Any] = {
+        "differentiate": ("mu", "r", "z_mu", "z_logvar"),
+        "zero_outputs": ("1/nll", "1/kl"),
+        "taylor": False,
+    }
     yield Case("elbo_loss/beta below one", "likelihood.elbo_loss", elbo, {"beta": 0.375}, **leaves)
     yield Case("elbo_loss/default beta", "likelihood.elbo_loss", elbo, **leaves)
     weight = uniform("elbo.weight", 0.2, 2.0, 7)
     weight[2] = 0.0
-    yield Case("elbo_loss/weighted, one cell left out", "likelihood.elbo_loss", elbo | {"weight": weight}, {"beta": 2.5}, **leaves)
+    yield Case(
+        "elbo_loss/weighted, one cell left out",
+        "likelihood.elbo_loss",
+        elbo | {"weight": weight},
+        {"beta": 2.5},
+        **leaves,
+    )
 
 
 def _map(name: str, *lead: int, d: int = 5) -> tuple[np.ndarray, np.ndarray]:
@@ -135,15 +159,21 @@ def _map(name: str, *lead: int, d: int = 5) -> tuple[np.ndarray, np.ndarray]:
 
 def operators() -> Iterator[Case]:
     A, b = _map("one", 3)
-    every = {"differentiate": ("*",)}
-    yield Case("apply_operator/grouped", "operators.apply_operator", {"A": A, "b": b, "z": normal("z", 3, 7, 5)}, **every)
-    yield Case("apply_operator/one map", "operators.apply_operator", {"A": A[0], "b": b[0], "z": normal("z", 7, 5)}, **every)
+    every: dict[str, Any] = {"differentiate": ("*",)}
+    yield Case(
+        "apply_operator/grouped", "operators.apply_operator", {"A": A, "b": b, "z": normal("z", 3, 7, 5)}, **every
+    )
+    yield Case(
+        "apply_operator/one map", "operators.apply_operator", {"A": A[0], "b": b[0], "z": normal("z", 7, 5)}, **every
+    )
     three = [_map(name) for name in ("first", "second", "third")]
     yield Case("compose/three maps", "operators.compose", {"operators": three}, **every)
     yield Case("compose/batched", "operators.compose", {"operators": [_map("p", 3), _map("q", 3)]}, **every)
     pair = {"first": _map("first"), "second": _map("second")}
     yield Case("commutator_norm/generic", "operators.commutator_norm", pair, **every)
-    yield Case("commutator_norm/batched", "operators.commutator_norm", {"first": _map("p", 3), "second": _map("q", 3)}, **every)
+    yield Case(
+        "commutator_norm/batched", "operators.commutator_norm", {"first": _map("p", 3), "second": _map("q", 3)}, **every
+    )
     scaling = {"first": (2 * np.eye(3), np.zeros(3)), "second": (-4 * np.eye(3), np.zeros(3))}
     flat = {"zero": ("*",), "zero_outputs": ("value",), "quantities": ("value", "gradient")}
     hvp = {"taylor": False, "reason": "the second derivative of a norm at 0 does not exist"}
@@ -191,7 +221,9 @@ def distances() -> Iterator[Case]:
         if label == "one dimension":
             reason = "in one dimension |x - y| has no curvature"
         elif quantities == FIRST:
-            reason = "reverse mode adds and takes away 1e4 at i = i'; the strongly smoothed case has the second derivative"
+            reason = (
+                "reverse mode adds and takes away 1e4 at i = i'; the strongly smoothed case has the second derivative"
+            )
         for method, tile in (("tiled", 3), ("tiled", 512), ("plain", 3)):
             case = f"energy_distance/{label}, {method}" + (f" by {tile}" if method == "tiled" else "")
             options = static | {"method": method, "tile": tile}
@@ -209,30 +241,61 @@ def distances() -> Iterator[Case]:
         reason="weights carry no gradient; whether as none or as zero is left to the framework's custom rules",
     )
     same = {"x": x, "y": x.copy()}
-    yield Case("energy_distance/of a sample with itself", name, same, {"tile": 3}, quantities=("value",), reason="0 up to rounding")
+    yield Case(
+        "energy_distance/of a sample with itself",
+        name,
+        same,
+        {"tile": 3},
+        quantities=("value",),
+        reason="0 up to rounding",
+    )
 
     gx, gy = normal("g.x", 5, 7, 3), normal("g.y", 5, 3, 3, mean=0.5)
     gwx = uniform("g.wx", 0.3, 2, 5, 7) * (np.arange(7) < np.array([7, 4, 1, 5, 0])[:, None])
     gwy = (np.arange(3) < np.array([2, 3, 3, 1, 0])[:, None]).astype(float)
     for label, static in (("v", {}), ("power 2", {"power": 2}), ("smoothed", {"smoothing": 0.25})):
         grouped = {"x": gx, "y": gy, "wx": gwx, "wy": gwy}
-        yield Case(f"energy_distance_grouped/{label}, padded, an empty group", "distances.energy_distance_grouped", grouped, static, **both)
+        yield Case(
+            f"energy_distance_grouped/{label}, padded, an empty group",
+            "distances.energy_distance_grouped",
+            grouped,
+            static,
+            **both,
+        )
     gwx_u = uniform("g.wx", 0.3, 2, 5, 7) * (np.arange(7) < np.array([7, 4, 2, 5, 0])[:, None])
     gwy_u = (np.arange(3) < np.array([2, 3, 3, 2, 0])[:, None]).astype(float)
     for label, static in (("u", {"estimator": "u"}), ("u, power 2", {"estimator": "u", "power": 2})):
         grouped = {"x": gx, "y": gy, "wx": gwx_u, "wy": gwy_u}
-        yield Case(f"energy_distance_grouped/{label}, padded, an empty group", "distances.energy_distance_grouped", grouped, static, **both)
+        yield Case(
+            f"energy_distance_grouped/{label}, padded, an empty group",
+            "distances.energy_distance_grouped",
+            grouped,
+            static,
+            **both,
+        )
     alone = {"wx": gwx_u * (np.arange(7) < np.array([7, 1, 2, 5, 0])[:, None]), "wy": gwy_u}
     yield Case(
-        "energy_distance_grouped/u, a group of one cell", "distances.energy_distance_grouped", {"x": gx, "y": gy, **alone}, {"estimator": "u"}, **both
-    )  # fmt: skip
+        "energy_distance_grouped/u, a group of one cell",
+        "distances.energy_distance_grouped",
+        {"x": gx, "y": gy, **alone},
+        {"estimator": "u"},
+        **both,
+    )
     grouped = {"x": gx + 1000.0, "y": gy + 1000.0, "wx": gwx, "wy": gwy}
-    yield Case("energy_distance_grouped/far from the origin", "distances.energy_distance_grouped", grouped, accuracy=1e-5, **both)
+    yield Case(
+        "energy_distance_grouped/far from the origin",
+        "distances.energy_distance_grouped",
+        grouped,
+        accuracy=1e-5,
+        **both,
+    )
     gx_same = gx.copy()
     gx_same[0, 2] = gx_same[0, 1]
     gx_same[1, 0] = gy[1, 1]
     grouped = {"x": gx_same, "y": gy, "wx": gwx, "wy": gwy}
-    yield Case("energy_distance_grouped/coincident cells", "distances.energy_distance_grouped", grouped, taylor=False, **both)
+    yield Case(
+        "energy_distance_grouped/coincident cells", "distances.energy_distance_grouped", grouped, taylor=False, **both
+    )
 
     directions = normal("s.w", 5, 3)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -244,7 +307,11 @@ def distances() -> Iterator[Case]:
         yield Case(f"sliced_energy_distance/{estimator}", sliced, inputs, {"estimator": estimator}, **both, **flat)
     tied = {"x": np.round(x), "y": np.round(y), "directions": axes}
     yield Case(
-        "sliced_energy_distance/ties", sliced, tied, quantities=VALUE, reason="the gradient at ties is a subgradient; see ties test"
+        "sliced_energy_distance/ties",
+        sliced,
+        tied,
+        quantities=VALUE,
+        reason="the gradient at ties is a subgradient; see ties test",
     )
     yield Case("sliced_energy_distance/far from the origin", sliced, far | {"directions": axes}, **both, **flat)
 
@@ -255,8 +322,16 @@ def spectral() -> Iterator[Case]:
     small_gap = np.array([[1.5, 0.1, 0.0], [0.0, 1.45, -0.2], [0.05, 0.0, -1.4]])
     cut = {"taylor": False, "differentiate": ("A",)}
     for n_iter in (1, 2, 5):
-        yield Case(f"power_iteration/{n_iter} steps", "spectral.power_iteration", {"A": A, "v0": v0}, {"n_iter": n_iter}, quantities=VALUE)
-        yield Case(f"spectral_norm/{n_iter} steps", "spectral.spectral_norm", {"A": A, "v0": v0}, {"n_iter": n_iter}, **cut)
+        yield Case(
+            f"power_iteration/{n_iter} steps",
+            "spectral.power_iteration",
+            {"A": A, "v0": v0},
+            {"n_iter": n_iter},
+            quantities=VALUE,
+        )
+        yield Case(
+            f"spectral_norm/{n_iter} steps", "spectral.spectral_norm", {"A": A, "v0": v0}, {"n_iter": n_iter}, **cut
+        )
     yield Case("power_iteration/default steps", "spectral.power_iteration", {"A": A, "v0": v0}, quantities=VALUE)
     yield Case(
         "power_iteration/carries no gradient",
@@ -282,10 +357,17 @@ def spectral() -> Iterator[Case]:
     yield Case("spectral_norm/small gap, one step", "spectral.spectral_norm", one, {"n_iter": 1}, **cut)
     yield Case("spectral_norm/one matrix, default steps", "spectral.spectral_norm", one, **cut)
     zero = {"A": np.zeros((3, 3)), "v0": np.array([1.0, 2.0, -1.0])}
-    yield Case("spectral_norm/the zero matrix", "spectral.spectral_norm", zero, zero=("A",), quantities=("value", "gradient"), **cut)
+    yield Case(
+        "spectral_norm/the zero matrix",
+        "spectral.spectral_norm",
+        zero,
+        zero=("A",),
+        quantities=("value", "gradient"),
+        **cut,
+    )
 
     penalty, flat = "spectral.spectral_penalty", {"A": A.reshape(6, 5, 5), "v0": v0.reshape(6, 5)}
-    silent = {"zero_outputs": ("1",)}
+    silent: dict[str, Any] = {"zero_outputs": ("1",)}
     yield Case("spectral_penalty/some above, some below", penalty, flat, {"rho_max": 1.0, "n_iter": 2}, **cut, **silent)
     yield Case("spectral_penalty/defaults", penalty, flat, **cut, **silent)
     yield Case("spectral_penalty/all above", penalty, flat, {"rho_max": 0.1, "n_iter": 1}, **cut, **silent)
@@ -293,24 +375,54 @@ def spectral() -> Iterator[Case]:
         "spectral_penalty/none above", penalty, flat, {"rho_max": 50.0}, zero=("A",), zero_outputs=("0", "1"), **cut
     )
     weight = np.array([1.0, 0.0, 0.5, 2.0, 0.0, 1.0])
-    yield Case("spectral_penalty/weighted", penalty, flat | {"weight": weight}, {"rho_max": 0.3, "n_iter": 2}, **cut, **silent)
+    yield Case(
+        "spectral_penalty/weighted", penalty, flat | {"weight": weight}, {"rho_max": 0.3, "n_iter": 2}, **cut, **silent
+    )
 
     generator_ = "spectral.generator_penalty"
     yield Case("generator_penalty/mixed signs", generator_, {"A": np.eye(5) + A}, differentiate=("A",), terms=64)
-    yield Case("generator_penalty/other time step", generator_, {"A": np.eye(5) + A[0]}, {"dt": 0.25}, differentiate=("A",), terms=64)
+    yield Case(
+        "generator_penalty/other time step",
+        generator_,
+        {"A": np.eye(5) + A[0]},
+        {"dt": 0.25},
+        differentiate=("A",),
+        terms=64,
+    )
     decaying = {"A": np.eye(3) - np.diag([0.5, 0.25, 1.5])}
-    yield Case("generator_penalty/decaying", generator_, decaying, differentiate=("A",), zero=("A",), quantities=("value", "gradient"), terms=64)
+    yield Case(
+        "generator_penalty/decaying",
+        generator_,
+        decaying,
+        differentiate=("A",),
+        zero=("A",),
+        quantities=("value", "gradient"),
+        terms=64,
+    )
     for kind in ("spectral", "frobenius"):
         yield Case(
-            f"operator_norm/{kind}", "spectral.operator_norm", {"A": A}, {"kind": kind}, quantities=("value", "gradient"),
-            differentiate=("A",), none=("A",), taylor=False, terms=64,
-        )  # fmt: skip
+            f"operator_norm/{kind}",
+            "spectral.operator_norm",
+            {"A": A},
+            {"kind": kind},
+            quantities=("value", "gradient"),
+            differentiate=("A",),
+            none=("A",),
+            taylor=False,
+            terms=64,
+        )
     yield Case("operator_norm/default", "spectral.operator_norm", {"A": A}, quantities=VALUE, terms=64)
     yield Case("spectral_radius/generic", "spectral.spectral_radius", {"A": A}, quantities=VALUE, terms=64)
     yield Case(
-        "spectral_radius/carries no gradient", "spectral.spectral_radius", {"A": A[0, 0]}, differentiate=("A",), none=("A",),
-        quantities=("value", "gradient"), taylor=False, terms=64,
-    )  # fmt: skip
+        "spectral_radius/carries no gradient",
+        "spectral.spectral_radius",
+        {"A": A[0, 0]},
+        differentiate=("A",),
+        none=("A",),
+        quantities=("value", "gradient"),
+        taylor=False,
+        terms=64,
+    )
 
 
 def all_cases() -> list[Case]:

@@ -32,11 +32,17 @@ def vae() -> Iterator[Case]:
             label = f"{scale}, {dispersion}, {kind}"
             static = {"config": config}
             unused = "params/encoder.*"
-            everything = {"x": batch["counts"], "eps": normal("eps", n, d)} | {k: latent[k] for k in ("tissue", "library")}
+            everything = {"x": batch["counts"], "eps": normal("eps", n, d)} | {
+                k: latent[k] for k in ("tissue", "library")
+            }
             library_flows = ("library",) if scale == "library" else ()
             yield Case(
-                f"NBVAE/whole, {label}", "vae.NBVAE", {"params": params, **everything}, static, (*PARAMS, "eps", *library_flows)
-            )  # fmt: skip
+                f"NBVAE/whole, {label}",
+                "vae.NBVAE",
+                {"params": params, **everything},
+                static,
+                (*PARAMS, "eps", *library_flows),
+            )
             encoder = {"params": params, **cells}
             none = ("params/decoder.*",)
             yield Case(f"NBVAE/encode, {label}", "vae.NBVAE.encode", encoder, static, PARAMS, none=none)
@@ -44,7 +50,7 @@ def vae() -> Iterator[Case]:
             none = (unused, "params/decoder.log_r")
             yield Case(
                 f"NBVAE/decode, {label}", "vae.NBVAE.decode", decoder, static, (*PARAMS, "z", *library_flows), none=none
-            )  # fmt: skip
+            )
             none = (unused, "params/decoder.hidden.*", "params/decoder.mean.*")
             dispersions = {"params": params, "tissue": batch["tissue"]}
             yield Case(f"NBVAE/dispersion, {label}", "vae.NBVAE.dispersion", dispersions, static, PARAMS, none=none)
@@ -55,25 +61,51 @@ def vae() -> Iterator[Case]:
     )
     none = ("params/log_r",)
     yield Case(
-        "Decoder/alone", "vae.Decoder", {"params": select(params, "decoder"), **latent}, {"config": config}, (*PARAMS, "z"), none=none
-    )  # fmt: skip
+        "Decoder/alone",
+        "vae.Decoder",
+        {"params": select(params, "decoder"), **latent},
+        {"config": config},
+        (*PARAMS, "z"),
+        none=none,
+    )
     kink = {name: value.copy() for name, value in select(params, "encoder").items()}
     kink["hidden.weight"][:, :9], kink["hidden.bias"][:9] = 0.0, 0.0
-    yield Case("Encoder/hidden units exactly at the kink", "vae.Encoder", {"params": kink, **cells}, {"config": config}, PARAMS, taylor=False)
-    steep = {name: value * (30.0 if name.startswith("mean") else 1.0) for name, value in select(params, "decoder").items()}
+    yield Case(
+        "Encoder/hidden units exactly at the kink",
+        "vae.Encoder",
+        {"params": kink, **cells},
+        {"config": config},
+        PARAMS,
+        taylor=False,
+    )
+    steep = {
+        name: value * (30.0 if name.startswith("mean") else 1.0) for name, value in select(params, "decoder").items()
+    }
     for scale in ("library", "softplus"):
         config = syn.configuration(vae__scale=scale).vae
         yield Case(
-            f"Decoder/large logits, {scale}", "vae.Decoder", {"params": steep, **latent}, {"config": config}, (*PARAMS, "z"), none=none
-        )  # fmt: skip
+            f"Decoder/large logits, {scale}",
+            "vae.Decoder",
+            {"params": steep, **latent},
+            {"config": config},
+            (*PARAMS, "z"),
+            none=none,
+        )
     yield Case(
-        "Linear/affine", "layers.Linear", {"params": {"weight": normal("w", 3, 7), "bias": normal("b", 7)}, "x": normal("x", 5, 3)},
-        differentiate=("*",), run=lambda f, a: f.layers.Linear(a["params"])(a["x"]),
-    )  # fmt: skip
+        "Linear/affine",
+        "layers.Linear",
+        {"params": {"weight": normal("w", 3, 7), "bias": normal("b", 7)}, "x": normal("x", 5, 3)},
+        differentiate=("*",),
+        run=lambda f, a: f.layers.Linear(a["params"])(a["x"]),
+    )
     square = {"params": {"weight": normal("w2", 5, 5), "bias": normal("b2", 5)}, "x": normal("x2", 3, 5)}
     yield Case(
-        "Linear/square", "layers.Linear", square, differentiate=("*",), run=lambda f, a: f.layers.Linear(a["params"])(a["x"])
-    )  # fmt: skip
+        "Linear/square",
+        "layers.Linear",
+        square,
+        differentiate=("*",),
+        run=lambda f, a: f.layers.Linear(a["params"])(a["x"]),
+    )
 
 
 def conditions() -> Iterator[Case]:
@@ -91,11 +123,15 @@ def conditions() -> Iterator[Case]:
     repeated["perturbations"][:] = 3
     repeated["tissue"][:] = 0
     repeated["doses"][2] = (1.0, 2.0)
-    yield Case("ConditionEncoder/one member twice", "conditions.ConditionEncoder", inputs | repeated, differentiate=moving)
+    yield Case(
+        "ConditionEncoder/one member twice", "conditions.ConditionEncoder", inputs | repeated, differentiate=moving
+    )
     ended = {name: np.array(value) for name, value in batch.items()}
     ended["perturbations"][:, 0] = syn.N_PERTURBATIONS - 1
     ended["tissue"][:] = syn.N_TISSUES - 1
-    yield Case("ConditionEncoder/last rows of the tables", "conditions.ConditionEncoder", inputs | ended, differentiate=moving)
+    yield Case(
+        "ConditionEncoder/last rows of the tables", "conditions.ConditionEncoder", inputs | ended, differentiate=moving
+    )
 
 
 def families() -> Iterator[Case]:
@@ -106,19 +142,34 @@ def families() -> Iterator[Case]:
     grouped = {"params": params, "theta": theta, "tissue": tissue}
     none = ("params/A0", "params/b0", "params/B", "params/u")
     yield Case(
-        "OperatorFamily/coefficients", "operators.OperatorFamily.coefficients", {"params": params, "theta": theta}, differentiate=("*",), none=none
-    )  # fmt: skip
-    yield Case("OperatorFamily/operator", "operators.OperatorFamily.operator", grouped, differentiate=(*PARAMS, "theta"))
+        "OperatorFamily/coefficients",
+        "operators.OperatorFamily.coefficients",
+        {"params": params, "theta": theta},
+        differentiate=("*",),
+        none=none,
+    )
+    yield Case(
+        "OperatorFamily/operator", "operators.OperatorFamily.operator", grouped, differentiate=(*PARAMS, "theta")
+    )
     z = normal("z", n, 7, d)
-    yield Case("OperatorFamily/grouped", "operators.OperatorFamily", grouped | {"z": z}, differentiate=(*PARAMS, "theta", "z"))
+    yield Case(
+        "OperatorFamily/grouped", "operators.OperatorFamily", grouped | {"z": z}, differentiate=(*PARAMS, "theta", "z")
+    )
     cells = {"z": normal("z2", 11, d), "theta": normal("theta2", 11, d), "tissue": np.arange(11, dtype=np.int32) % 3}
     yield Case(
-        "OperatorFamily/per cell", "operators.OperatorFamily.per_cell", {"params": params, **cells}, differentiate=(*PARAMS, "theta", "z")
-    )  # fmt: skip
+        "OperatorFamily/per cell",
+        "operators.OperatorFamily.per_cell",
+        {"params": params, **cells},
+        differentiate=(*PARAMS, "theta", "z"),
+    )
     yield Case(
-        "response_profile/of a family", "operators.response_profile", {"params": params, "theta": theta}, differentiate=("*",), none=none,
+        "response_profile/of a family",
+        "operators.response_profile",
+        {"params": params, "theta": theta},
+        differentiate=("*",),
+        none=none,
         run=lambda f, a: f.operators.response_profile(f.operators.OperatorFamily(a["params"]), a["theta"]),
-    )  # fmt: skip
+    )
 
 
 def _loss(stage: str, label: str, config: Config, beta: float = 0.375, **changes: Any) -> Case:
@@ -134,9 +185,17 @@ def _loss(stage: str, label: str, config: Config, beta: float = 0.375, **changes
     differentiate = tuple(f"params/{name}" for name in syn.trainable(stage, params))
     parts = {"vae": ("1/nll", "1/kl")}.get(stage, ("1/0/*", "1/1/*"))
     return Case(
-        f"{stage}_loss/{label}", f"steps.{stage}_loss", inputs, static, differentiate, zero_outputs=parts, quantities=quantities,
-        taylor=stage == "vae", terms=64, **changes,
-    )  # fmt: skip
+        f"{stage}_loss/{label}",
+        f"steps.{stage}_loss",
+        inputs,
+        static,
+        differentiate,
+        zero_outputs=parts,
+        quantities=quantities,
+        taylor=stage == "vae",
+        terms=64,
+        **changes,
+    )
 
 
 def losses() -> Iterator[Case]:
@@ -167,7 +226,12 @@ def losses() -> Iterator[Case]:
         quantities = QUANTITIES if scale == "library" else FIRST
         config = syn.configuration(vae__scale=scale, vae__dispersion="gene-tissue")
         yield _loss("joint", scale, config, quantities=quantities)
-    yield _loss("joint", "bases, u", syn.configuration(operator__spectral_target="bases", operator__estimator="u"), quantities=FIRST)
+    yield _loss(
+        "joint",
+        "bases, u",
+        syn.configuration(operator__spectral_target="bases", operator__estimator="u"),
+        quantities=FIRST,
+    )
 
 
 def _repeated_operator(config: Config) -> Case:
@@ -218,8 +282,15 @@ def _step_case(stage: str, label: str, config: Config, *, n_micro: int = 1, coun
         return oracle_steps.step(stage, state, a["batch"], a["noise"], a["hyper"], config=config)
 
     return Case(
-        f"{stage}_step/{label}", f"steps.{stage}_step", inputs, quantities=("value",), run=run, oracle=oracle, terms=64, **changes
-    )  # fmt: skip
+        f"{stage}_step/{label}",
+        f"steps.{stage}_step",
+        inputs,
+        quantities=("value",),
+        run=run,
+        oracle=oracle,
+        terms=64,
+        **changes,
+    )
 
 
 def _dtype(arguments: Any) -> str:
@@ -239,26 +310,48 @@ def steps() -> Iterator[Case]:
     tree = lambda what, scale=1.0: {k: normal(f"{what}.{k}", *shape, scale=scale) for k, shape in names.items()}
     squares = {k: v**2 + 0.01 for k, v in tree("v", 0.3).items()}
     adam = {"params": tree("p"), "grads": tree("g"), "m": tree("m", 0.1), "v": squares}
-    for label, count, decay in (("first step", 0, 0.0), ("step 4, decayed", 3, 0.25), ("step 1000", 999, 0.01), ("late", 10**6, 0.0)):
+    for label, count, decay in (
+        ("first step", 0, 0.0),
+        ("step 4, decayed", 3, 0.25),
+        ("step 1000", 999, 0.01),
+        ("late", 10**6, 0.0),
+    ):
         yield Case(
-            f"adam_update/{label}", "steps.adam_update", adam | {"count": np.array(count, np.int32), "lr": np.array(0.0078125)},
-            {"weight_decay": decay}, quantities=("value",), terms=32,
-        )  # fmt: skip
+            f"adam_update/{label}",
+            "steps.adam_update",
+            adam | {"count": np.array(count, np.int32), "lr": np.array(0.0078125)},
+            {"weight_decay": decay},
+            quantities=("value",),
+            terms=32,
+        )
     fresh = adam | {"m": {k: 0 * p for k, p in adam["m"].items()}, "v": {k: 0 * p for k, p in adam["v"].items()}}
     fresh["grads"] = {"a": tree("g")["a"] * 1e-3, "b": np.array([0.0, 1e-8, -1e-8, 1e-6, 3e-8, 1e3, -1e-4])}
     yield Case(
-        "adam_update/fresh moments, tiny and zero gradients", "steps.adam_update",
-        fresh | {"count": np.array(0, np.int32), "lr": np.array(0.0078125)}, quantities=("value",), terms=32,
-    )  # fmt: skip
+        "adam_update/fresh moments, tiny and zero gradients",
+        "steps.adam_update",
+        fresh | {"count": np.array(0, np.int32), "lr": np.array(0.0078125)},
+        quantities=("value",),
+        terms=32,
+    )
     for label, limit in (("active", 0.5), ("inactive", 1e3), ("just above the norm", None)):
         grads = tree("g")
         norm = float(np.sqrt(sum((g**2).sum() for g in grads.values())))
         yield Case(
-            f"clip_by_global_norm/{label}", "steps.clip_by_global_norm", {"grads": grads}, {"max_norm": limit or norm * 1.001},
-            quantities=("value",), terms=32,
-        )  # fmt: skip
+            f"clip_by_global_norm/{label}",
+            "steps.clip_by_global_norm",
+            {"grads": grads},
+            {"max_norm": limit or norm * 1.001},
+            quantities=("value",),
+            terms=32,
+        )
     zeros = {"grads": {k: np.zeros(shape) for k, shape in names.items()}}
-    yield Case("clip_by_global_norm/zero gradients", "steps.clip_by_global_norm", zeros, {"max_norm": 1.0}, quantities=("value",))
+    yield Case(
+        "clip_by_global_norm/zero gradients",
+        "steps.clip_by_global_norm",
+        zeros,
+        {"max_norm": 1.0},
+        quantities=("value",),
+    )
 
 
 def all_cases() -> list[Case]:

@@ -117,8 +117,12 @@ def judge(errors: tuple[float, float], tier: str, c: float) -> str:
 
 
 def compare(
-    case: Case, sides: tuple[Side, Side], found: tuple[Evaluation, Evaluation], oracle: Evaluation, skip: tuple[str, ...] = ()
-) -> list[Result]:  # fmt: skip
+    case: Case,
+    sides: tuple[Side, Side],
+    found: tuple[Evaluation, Evaluation],
+    oracle: Evaluation,
+    skip: tuple[str, ...] = (),
+) -> list[Result]:
     """A Result per leaf and quantity of a case. The first side is JAX's, the second PyTorch's."""
     tier, names = sides[0].tier, (sides[0].name, sides[1].name)
     results = []
@@ -145,8 +149,15 @@ def compare(
 
 
 def _leaf(
-    case: Case, quantity: str, leaf: str, sides: tuple[Side, Side], got: tuple[Any, Any], expected: Any, oracle: Evaluation, add: Any
-) -> None:  # fmt: skip
+    case: Case,
+    quantity: str,
+    leaf: str,
+    sides: tuple[Side, Side],
+    got: tuple[Any, Any],
+    expected: Any,
+    oracle: Evaluation,
+    add: Any,
+) -> None:
     tier = sides[0].tier
     expected = np.asarray(expected)
     scale = oracle.errors.get(quantity, {}).get(leaf, np.zeros(expected.shape))
@@ -155,7 +166,7 @@ def _leaf(
         verdict, detail = paths
         add(quantity, leaf, verdict, detail=detail)
         return
-    arrays = tuple(np.zeros(expected.shape, sides[0].dtype) if one is None else np.asarray(one) for one in got)
+    arrays: Any = tuple(np.zeros(expected.shape, sides[0].dtype) if one is None else np.asarray(one) for one in got)
     wanted = None if expected.dtype.kind != "f" else sides[0].dtype
     faults = [structural(expected, one, wanted) for one in arrays]
     if any(faults):
@@ -196,7 +207,7 @@ def _paths(case: Case, quantity: str, leaf: str, got: tuple[Any, Any]) -> tuple[
 
 def _demands(
     case: Case, quantity: str, leaf: str, expected: np.ndarray, scale: np.ndarray, arrays: tuple[Any, Any], tier: str
-) -> tuple[str, str] | None:  # fmt: skip
+) -> tuple[str, str] | None:
     """Rule 4, declared zeros, and the accuracy that a case requires of float32."""
     if quantity == "gradient" and case.declared(leaf) == "zero":
         wrong = [bool(np.any(one)) for one in arrays]

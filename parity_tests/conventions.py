@@ -250,28 +250,83 @@ def table() -> list[Convention]:
     bounds = [-1.0, 2.0]
     large = 30.0
     return [
-        Convention("clamp: gradient at the bounds", ("[1, 1]", "[0.5, 0.5]"), lambda: _torch_grad(lambda x: x.clamp(-1, 2), bounds), lambda: _jax_grad(lambda x: jnp.clip(x, -1.0, 2.0), bounds)),
-        Convention("lax.clamp: gradient at the bounds", ("[1, 1]", "[0, 0]"), lambda: _torch_grad(lambda x: x.clamp(-1, 2), bounds), lambda: _jax_grad(lambda x: jax.lax.clamp(-1.0, x, 2.0), bounds)),
+        Convention(
+            "clamp: gradient at the bounds",
+            ("[1, 1]", "[0.5, 0.5]"),
+            lambda: _torch_grad(lambda x: x.clamp(-1, 2), bounds),
+            lambda: _jax_grad(lambda x: jnp.clip(x, -1.0, 2.0), bounds),
+        ),
+        Convention(
+            "lax.clamp: gradient at the bounds",
+            ("[1, 1]", "[0, 0]"),
+            lambda: _torch_grad(lambda x: x.clamp(-1, 2), bounds),
+            lambda: _jax_grad(lambda x: jax.lax.clamp(-1.0, x, 2.0), bounds),
+        ),
         Convention("relu'(0)", ("0", "0"), lambda: _torch_grad(torch.relu, 0.0), lambda: _jax_grad(jax.nn.relu, 0.0)),
-        Convention("maximum(x, 0)' at 0", ("0.5", "0.5"), lambda: _torch_grad(lambda x: torch.maximum(x, torch.zeros_like(x)), 0.0), lambda: _jax_grad(lambda x: jnp.maximum(x, 0.0), 0.0)),
-        Convention("leaky_relu'(0), slope 0.2", ("0.2", "1"), lambda: _torch_grad(lambda x: F.leaky_relu(x, 0.2), 0.0), lambda: _jax_grad(lambda x: jax.nn.leaky_relu(x, 0.2), 0.0)),
+        Convention(
+            "maximum(x, 0)' at 0",
+            ("0.5", "0.5"),
+            lambda: _torch_grad(lambda x: torch.maximum(x, torch.zeros_like(x)), 0.0),
+            lambda: _jax_grad(lambda x: jnp.maximum(x, 0.0), 0.0),
+        ),
+        Convention(
+            "leaky_relu'(0), slope 0.2",
+            ("0.2", "1"),
+            lambda: _torch_grad(lambda x: F.leaky_relu(x, 0.2), 0.0),
+            lambda: _jax_grad(lambda x: jax.nn.leaky_relu(x, 0.2), 0.0),
+        ),
         Convention("abs'(0)", ("0", "1"), lambda: _torch_grad(torch.abs, 0.0), lambda: _jax_grad(jnp.abs, 0.0)),
-        Convention("norm'(0)", ("[0, 0]", "[nan, nan]"), lambda: _torch_grad(torch.linalg.vector_norm, [0.0, 0.0]), lambda: _jax_grad(jnp.linalg.norm, [0.0, 0.0])),
-        Convention("softplus(30) - 30", ("0", "9.2e-14"), lambda: float(f"{float(F.softplus(torch.tensor(large, dtype=torch.float64))) - large:.1e}"), lambda: _softplus_jax(large)),
+        Convention(
+            "norm'(0)",
+            ("[0, 0]", "[nan, nan]"),
+            lambda: _torch_grad(torch.linalg.vector_norm, [0.0, 0.0]),
+            lambda: _jax_grad(jnp.linalg.norm, [0.0, 0.0]),
+        ),
+        Convention(
+            "softplus(30) - 30",
+            ("0", "9.2e-14"),
+            lambda: float(f"{float(F.softplus(torch.tensor(large, dtype=torch.float64))) - large:.1e}"),
+            lambda: _softplus_jax(large),
+        ),
         Convention("trigamma in float64", ("1e-10 or worse", "float64"), _torch_trigamma, _jax_trigamma),
         Convention("bias of a fresh linear layer", ("random", "zero"), _torch_bias, _flax_bias),
-        Convention("batch norm: running mean, variance after [0, 2]; eps", ("[0.1, 1.1, 1e-05]", "[0.01, 1, 1e-05]"), _torch_batch_norm, _flax_batch_norm),
+        Convention(
+            "batch norm: running mean, variance after [0, 2]; eps",
+            ("[0.1, 1.1, 1e-05]", "[0.01, 1, 1e-05]"),
+            _torch_batch_norm,
+            _flax_batch_norm,
+        ),
         Convention("layer norm: eps", ("1e-05", "1e-06"), lambda: torch.nn.LayerNorm(3).eps, _flax_eps),
         Convention("var of [0, 2]", ("2", "1"), _torch_std, _jax_std),
         Convention("Adam's first step in float32", ("exact to 1e-6", "-6e-06"), _adam_error_torch, _adam_error_jax),
-        Convention("default weight decay of AdamW", ("0.01", "0.0001"), lambda: torch.optim.AdamW([torch.zeros(1)]).defaults["weight_decay"], _optax_decay),
-        Convention("float32 product of matrices", ("float32", "float32" if _cpu_only() else "TF32 or less"), lambda: _matmul("torch"), lambda: _matmul("jax")),
-        Convention("index out of range, read", ("raises IndexError", "[2]"), lambda: _raises(_torch_index), lambda: _raises(_jax_index)),
-        Convention("index out of range, written", ("raises IndexError", "[0, 1, 2]"), lambda: _raises(_torch_scatter), lambda: _raises(_jax_scatter)),
+        Convention(
+            "default weight decay of AdamW",
+            ("0.01", "0.0001"),
+            lambda: torch.optim.AdamW([torch.zeros(1)]).defaults["weight_decay"],
+            _optax_decay,
+        ),
+        Convention(
+            "float32 product of matrices",
+            ("float32", "float32" if _cpu_only() else "TF32 or less"),
+            lambda: _matmul("torch"),
+            lambda: _matmul("jax"),
+        ),
+        Convention(
+            "index out of range, read",
+            ("raises IndexError", "[2]"),
+            lambda: _raises(_torch_index),
+            lambda: _raises(_jax_index),
+        ),
+        Convention(
+            "index out of range, written",
+            ("raises IndexError", "[0, 1, 2]"),
+            lambda: _raises(_torch_scatter),
+            lambda: _raises(_jax_scatter),
+        ),
         Convention("denormals on CPU", ("kept", "flushed"), _torch_denormal, _jax_denormal),
         Convention("float64 asked for without further ado", ("float64", "float32"), _torch_double, _jax_double),
         Convention("where(x > 0, sqrt(x), 0)' at 0", ("nan", "nan"), lambda: _where("torch"), lambda: _where("jax")),
-    ]  # fmt: skip
+    ]
 
 
 def _softplus_jax(at: float) -> float:

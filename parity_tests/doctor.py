@@ -1,4 +1,4 @@
-"""`pf doctor`: what the installed frameworks do where they are known to differ, which devices there are, what can bite."""
+"""`pf doctor`: what the installed frameworks do where they are known to differ, which devices there are, hazards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from dataclasses import dataclass, field
 from parity_tests.conventions import Measured, measure
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "scipy")
-FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "OMP_NUM_THREADS", "NVIDIA_TF32_OVERRIDE")
+FLAGS = (
+    "XLA_FLAGS",
+    "JAX_PLATFORMS",
+    "JAX_ENABLE_X64",
+    "JAX_DEFAULT_MATMUL_PRECISION",
+    "OMP_NUM_THREADS",
+    "NVIDIA_TF32_OVERRIDE",
+)
 
 
 @dataclass
@@ -66,8 +73,8 @@ def examine() -> Diagnosis:
     import torch
 
     result.precision = {
-        "jax matmul": str(jax.config.jax_default_matmul_precision or "the device's default"),
-        "jax x64": str(jax.config.jax_enable_x64),
+        "jax matmul": str(jax.config.values["jax_default_matmul_precision"] or "the device's default"),
+        "jax x64": str(jax.config.values["jax_enable_x64"]),
         "torch matmul": torch.get_float32_matmul_precision(),
         "torch cuDNN TF32": str(torch.backends.cudnn.allow_tf32),
     }
@@ -77,7 +84,9 @@ def examine() -> Diagnosis:
     if jax_gpu != torch_gpu:
         result.hazards.append("only one framework sees the accelerator: cross-device pairs cannot be compared")
     if jax_gpu and result.precision["jax matmul"] == "the device's default":
-        result.hazards.append("JAX multiplies float32 matrices in TF32 on recent GPUs by default; the twins ask for more themselves")
+        result.hazards.append(
+            "JAX multiplies float32 matrices in TF32 on recent GPUs by default; the twins ask for more themselves"
+        )
     if torch_gpu and result.precision["torch cuDNN TF32"] == "True":
         result.hazards.append("cuDNN may use TF32 in convolutions")
     if "NVIDIA_TF32_OVERRIDE" in result.flags:

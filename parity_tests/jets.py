@@ -188,9 +188,7 @@ def _product(p: Jet, q: Jet, times: Callable[[Number, Number, int, int], Number]
 
     a = _plus(term(p.a, q.v, 1, 0), term(p.v, q.a, 0, 1))
     b = _plus(term(p.b, q.v, 0, 0), term(p.v, q.b, 0, 0))
-    ab = _plus(
-        _plus(term(p.ab, q.v, 1, 0), term(p.v, q.ab, 0, 1)), _plus(term(p.a, q.b, 1, 0), term(p.b, q.a, 0, 1))
-    )
+    ab = _plus(_plus(term(p.ab, q.v, 1, 0), term(p.v, q.ab, 0, 1)), _plus(term(p.a, q.b, 1, 0), term(p.b, q.a, 0, 1)))
     return Jet(times(p.v, q.v, 0, 0), a, b, ab)
 
 
@@ -239,9 +237,7 @@ def log(x: Jet) -> Jet:
 
 
 def log1p(x: Jet) -> Jet:
-    return elementwise(
-        x, np.log1p, lambda v: 1 / (1 + v), lambda v: -1 / (1 + v) ** 2, lambda v: 2 / (1 + v) ** 3
-    )
+    return elementwise(x, np.log1p, lambda v: 1 / (1 + v), lambda v: -1 / (1 + v) ** 2, lambda v: 2 / (1 + v) ** 3)
 
 
 def softplus(x: Jet) -> Jet:
@@ -251,14 +247,18 @@ def softplus(x: Jet) -> Jet:
     def second(v: Array) -> Array:
         return logistic(v) * logistic(-v)
 
-    return elementwise(x, lambda v: np.logaddexp(WIDE(0), v), logistic, second, lambda v: second(v) * (1 - 2 * logistic(v)))
+    return elementwise(
+        x, lambda v: np.logaddexp(WIDE(0), v), logistic, second, lambda v: second(v) * (1 - 2 * logistic(v))
+    )
 
 
 def sqrt(x: Jet) -> Jet:
     """Square root whose derivatives are zero at zero: the convention for coincident points."""
     safe = np.where(x.value > 0, x.value, WIDE(1))
     inside = (x.value > 0).astype(WIDE)
-    powers = [inside * c * safe**p for c, p in ((1, WIDE(0.5)), (0.5, WIDE(-0.5)), (-0.25, WIDE(-1.5)), (0.375, WIDE(-2.5)))]
+    powers = [
+        inside * c * safe**p for c, p in ((1, WIDE(0.5)), (0.5, WIDE(-0.5)), (-0.25, WIDE(-1.5)), (0.375, WIDE(-2.5)))
+    ]
     return elementwise(x, *[lambda v, power=power: power for power in powers])
 
 

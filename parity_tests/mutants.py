@@ -150,7 +150,7 @@ def _healthy(case: Case, framework: str) -> Evaluation:
 
 
 def notices(case: Case, mutant: Mutant, package: str, skip: tuple[str, ...] = ()) -> bool:
-    """Whether a case fails when one side is the mutant. The other side stands in for both at first: it is the oracle's."""
+    """Whether a case fails when one side is the mutant and the other is right."""
     ill = Side(mutant.framework, tier=TIER, package=package, compiled=False)
     try:
         found = ill.evaluate(case, skip)
@@ -217,7 +217,9 @@ def _run_checks(mutant: Mutant, package: str, tried: Callable[[str, Callable[[],
     near = [case for case in cases if case.module == mutant.module]
     far = [case for case in cases if case.module != mutant.module]
     # What is near the fault and cheap comes first; any() stops where `tried` says so.
-    near_first = (map(first, near), map(second, near)) if mutant.module != "steps" else (map(first, near), map(loop, CHECKS))
+    near_first = (
+        (map(first, near), map(second, near)) if mutant.module != "steps" else (map(first, near), map(loop, CHECKS))
+    )
     rest = (map(first, far), map(second, far), map(loop, CHECKS)) if mutant.module != "steps" else (map(second, near),)
     if mutant.module in ("bridge", "probe"):
         near_first, rest = (map(loop, CHECKS),), (map(first, cases),)
@@ -227,7 +229,7 @@ def _run_checks(mutant: Mutant, package: str, tried: Callable[[str, Callable[[],
 def _broken(check: Callable[[Namespace], str], package: str) -> bool:
     import jax
 
-    before = jax.config.jax_enable_x64
+    before = jax.config.values["jax_enable_x64"]
     try:
         return check(Namespace(package)) != ""
     except Exception:
@@ -250,7 +252,13 @@ def run(*, all_checks: bool = False, out: Path | None = None, only: str = "") ->
             continue
         verdict = judge(mutant, all_checks=all_checks)
         verdicts.append(verdict)
-        word = verdict.killed_by[0] if verdict.killed else f"equivalent: {verdict.equivalent}" if verdict.equivalent else "SURVIVED"
+        word = (
+            verdict.killed_by[0]
+            if verdict.killed
+            else f"equivalent: {verdict.equivalent}"
+            if verdict.equivalent
+            else "SURVIVED"
+        )
         print(f"{verdict.seconds:5.1f} s  {mutant.name}  <-  {word}", flush=True)
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)

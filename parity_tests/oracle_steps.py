@@ -46,7 +46,7 @@ def _operator_terms(
         batch["perturbations"], batch["doses"], batch["tissue"], batch["batch"], batch["covariates"]
     )
     family = OperatorFamily(_below(params, "operators"))
-    A, b = family.operator(theta, batch["tissue"])
+    A, _ = family.operator(theta, batch["tissue"])
     image = family(x, theta, batch["tissue"])
     weight = data(batch["weight"])
     distances = energy_distance_grouped(image, y, wx=batch["wx"], wy=batch["wy"], estimator=options.estimator)

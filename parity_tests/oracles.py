@@ -181,7 +181,8 @@ class OperatorFamily:
     def __init__(self, params: Parameters):
         self.A0, self.b0, self.B, self.u = (jet(params[name]) for name in ("A0", "b0", "B", "u"))
         self.layers = {
-            name: [Linear(_below(params, f"{name}.{layer}")) for layer in ("hidden", "out")] for name in ("alpha", "beta")
+            name: [Linear(_below(params, f"{name}.{layer}")) for layer in ("hidden", "out")]
+            for name in ("alpha", "beta")
         }
 
     def coefficients(self, theta: Any) -> tuple[Jet, Jet]:
@@ -361,7 +362,9 @@ def _trace_of_square_positive_part(S: Jet) -> Jet:
     slope = 2 * positive
     gaps = eigenvalues[:, None] - eigenvalues[None, :]
     near = np.abs(gaps) < 1e-9
-    divided = np.where(near, 2.0 * (eigenvalues[:, None] > 0), (slope[:, None] - slope[None, :]) / np.where(near, 1, gaps))
+    divided = np.where(
+        near, 2.0 * (eigenvalues[:, None] > 0), (slope[:, None] - slope[None, :]) / np.where(near, 1, gaps)
+    )
     gradient = (vectors * slope) @ vectors.T
     size = float(np.abs(S.value).sum()) + 1e-300
     d = len(eigenvalues)
@@ -413,7 +416,14 @@ def _total(terms: Sequence[Jet]) -> Jet:
 
 
 def adam_update(
-    params: Parameters, grads: Parameters, m: Parameters, v: Parameters, count: Any, *, lr: Any, weight_decay: float = 0.0
+    params: Parameters,
+    grads: Parameters,
+    m: Parameters,
+    v: Parameters,
+    count: Any,
+    *,
+    lr: Any,
+    weight_decay: float = 0.0,
 ) -> tuple[dict[str, Jet], dict[str, Jet], dict[str, Jet], Array]:
     count = data(count) + 1
     rate = data(lr).astype(WIDE)
@@ -426,4 +436,3 @@ def adam_update(
         step = (new_m[name] / corrections[0]) / (jets.sqrt(new_v[name] / corrections[1]) + ADAM_EPS)
         new_params[name] = p - rate * (step + p * weight_decay)
     return new_params, new_m, new_v, count
-

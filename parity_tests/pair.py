@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from parity_tests.case import Case
-from parity_tests.compare import BOTH_WRONG, EQUAL, JAX_WRONG, TORCH_WRONG, Report, Result, floor_unit, judge, structural
+from parity_tests.compare import (
+    BOTH_WRONG,
+    EQUAL,
+    JAX_WRONG,
+    TORCH_WRONG,
+    Report,
+    Result,
+    floor_unit,
+    judge,
+    structural,
+)
 from parity_tests.sides import Evaluation, Side
 from parity_tests.trees import flatten
 
@@ -96,13 +106,20 @@ def check(
         ValueError: a leaf in `differentiate` is not there.
     """
     case = Case(
-        "pair/given", "pair.given", {"params": params, "inputs": inputs}, differentiate=tuple(differentiate), quantities=tuple(quantities),
+        "pair/given",
+        "pair.given",
+        {"params": params, "inputs": inputs},
+        differentiate=tuple(differentiate),
+        quantities=tuple(quantities),
         run=lambda function, a: function(a["params"], **a["inputs"]),
-    )  # fmt: skip
+    )
     report = PairReport()
     sides = tuple(
         _PairSide(name, device, "float64", compiled=compiled, function=function)
-        for name, device, compiled, function in (("jax", devices[0], True, jax_fn), ("torch", devices[1], False, torch_fn))
+        for name, device, compiled, function in (
+            ("jax", devices[0], True, jax_fn),
+            ("torch", devices[1], False, torch_fn),
+        )
     )
     base = tuple(side.evaluate(case) for side in sides)
     scale = _scale(sides[1], case, base[1])
@@ -113,7 +130,8 @@ def check(
             report.results += _compare64(case, quantity, sides, base, scale, truth)
     for tier in (tier for tier in dtypes if tier != "float64"):
         lower = tuple(
-            _PairSide(s.framework, s.device, tier, compiled=s.compiled, function=s.function).evaluate(case) for s in sides
+            _PairSide(s.framework, s.device, tier, compiled=s.compiled, function=s.function).evaluate(case)
+            for s in sides
         )
         for quantity in case.quantities:
             report.results += _compare_low(quantity, tier, lower, base, scale)
@@ -129,12 +147,22 @@ def _array(value: Any, like: Any) -> np.ndarray:
 
 def _scale(side: Side, case: Case, base: Evaluation, draws: int = 3) -> dict[tuple[str, str], float]:
     """(quantity, leaf) -> S: the largest entry, and the largest move per relative move of the arguments."""
-    scale = {(q, n): float(np.abs(v).max(initial=0.0)) for q in case.quantities for n, v in base.quantity(q).items() if v is not None}
+    scale = {
+        (q, n): float(np.abs(v).max(initial=0.0))
+        for q in case.quantities
+        for n, v in base.quantity(q).items()
+        if v is not None
+    }
     for draw in range(draws):
-        moved = _Moved(case, lambda name, value, draw=draw: value * (1 + NUDGE * np.sign(case.draw(f"nudge {draw}", name, value.shape))))
+        moved = _Moved(
+            case,
+            lambda name, value, draw=draw: value * (1 + NUDGE * np.sign(case.draw(f"nudge {draw}", name, value.shape))),
+        )
         other = side.evaluate(moved)
         for (quantity, name), size in scale.items():
-            gap = np.abs(_array(other.quantity(quantity)[name], 0) - _array(base.quantity(quantity)[name], 0)).max(initial=0.0)
+            gap = np.abs(_array(other.quantity(quantity)[name], 0) - _array(base.quantity(quantity)[name], 0)).max(
+                initial=0.0
+            )
             scale[quantity, name] = max(size, float(np.nan_to_num(gap)) / NUDGE)
     # A gradient that cancels to zero (a bias in front of a softmax) has the rounding of its neighbours, not its own.
     for quantity in ("gradient", "hvp"):
@@ -158,7 +186,11 @@ class _Moved(Case):
 
 def _same_leaves(quantity: str, tier: str, one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Result]:
     odd = sorted(set(one) ^ set(two))
-    return [Result("pair", quantity, "*", tier, ("jax", "torch"), UNDECIDED, f"leaves {odd} are on one side only")] if odd else []
+    return (
+        [Result("pair", quantity, "*", tier, ("jax", "torch"), UNDECIDED, f"leaves {odd} are on one side only")]
+        if odd
+        else []
+    )
 
 
 def _compare64(case: Case, quantity: str, sides: Any, base: Any, scale: Any, truth: Any) -> list[Result]:
@@ -184,7 +216,15 @@ def _compare64(case: Case, quantity: str, sides: Any, base: Any, scale: Any, tru
         if truth is not None and quantity == "value" and name in truth:
             right = np.asarray(truth[name], np.float64)
             errors = tuple(float(np.abs(x - right).max(initial=0.0)) / unit for x in (a, b))
-            results.append(make(judge(errors, "float64", C), "", errors, place, (a[place].item(), b[place].item(), float(right[place]))))  # type: ignore[arg-type]
+            results.append(
+                make(
+                    judge(errors, "float64", C),
+                    "",
+                    errors,
+                    place,
+                    (a[place].item(), b[place].item(), float(right[place])),
+                )
+            )  # type: ignore[arg-type]
             continue
         verdict = EQUAL if worst <= C else UNDECIDED
         if verdict == UNDECIDED and quantity == "gradient":
@@ -214,7 +254,9 @@ def _whose_gradient(case: Case, sides: Any, base: Any) -> str:
     for side, evaluation in zip(sides, base, strict=True):
         told, measured = _slopes(case, side, evaluation)
         wrong.append(abs(told - measured) > 1e-5 * max(abs(told), abs(measured), 1e-12))
-    return {(True, False): JAX_WRONG, (False, True): TORCH_WRONG, (True, True): BOTH_WRONG}.get((wrong[0], wrong[1]), UNDECIDED)
+    return {(True, False): JAX_WRONG, (False, True): TORCH_WRONG, (True, True): BOTH_WRONG}.get(
+        (wrong[0], wrong[1]), UNDECIDED
+    )
 
 
 def _remarks(sides: Any, case: Case, base: Any) -> list[str]:
@@ -225,7 +267,9 @@ def _remarks(sides: Any, case: Case, base: Any) -> list[str]:
         told, measured = _slopes(case, side, evaluation)
         agrees = abs(told - measured) <= 1e-5 * max(abs(told), abs(measured), 1e-12)
         word = "is" if agrees else "is not (a stop-gradient, a custom rule, or a kink)"
-        remarks.append(f"{side.name}: its gradient {word} the derivative of its own value: {told:.8g} and {measured:.8g}")
+        remarks.append(
+            f"{side.name}: its gradient {word} the derivative of its own value: {told:.8g} and {measured:.8g}"
+        )
     return remarks
 
 
@@ -237,12 +281,25 @@ def _compare_low(quantity: str, tier: str, lower: Any, base: Any, scale: Any) ->
         faults = [structural(h, x, "float32") if h.dtype.kind == "f" else "" for h, x in zip(high, low, strict=True)]
         if any(faults):
             verdict = BOTH_WRONG if all(faults) else JAX_WRONG if faults[0] else TORCH_WRONG
-            results.append(Result("pair", quantity, name, tier, ("jax", "torch"), verdict, "; ".join(filter(None, faults))))
+            results.append(
+                Result("pair", quantity, name, tier, ("jax", "torch"), verdict, "; ".join(filter(None, faults)))
+            )
             continue
         unit = floor_unit(tier, TERMS) * max(scale.get((quantity, name), 0.0), 1e-300)
         # Each side against its own float64: a fault that float64 has already shown is not shown twice.
         errors = [float(np.nan_to_num(np.abs(x - h)).max(initial=0.0)) / unit for x, h in zip(low, high, strict=True)]
-        results.append(Result("pair", quantity, name, tier, ("jax", "torch"), judge((errors[0], errors[1]), tier, C), "", (errors[0], errors[1])))
+        results.append(
+            Result(
+                "pair",
+                quantity,
+                name,
+                tier,
+                ("jax", "torch"),
+                judge((errors[0], errors[1]), tier, C),
+                "",
+                (errors[0], errors[1]),
+            )
+        )
     return results
 
 
@@ -291,8 +348,9 @@ def check_modules(
 ) -> PairReport:
     """Compare a torch.nn.Module and a flax.nnx.Module that get the PyTorch module's parameters.
 
-    Dense and convolution kernels are transposed, norms and embeddings are renamed (weight to kernel, scale or embedding);
-    gradients are compared in PyTorch's names and layout. Put both into evaluation mode: nothing may be drawn.
+    Dense and convolution kernels are transposed, norms and embeddings are renamed (weight to kernel, scale or
+    embedding); gradients are compared in PyTorch's names and layout. Put both into evaluation mode: nothing may be
+    drawn.
 
     Args:
         torch_module: as it is; its parameters are the ones used.
@@ -330,7 +388,9 @@ def check_modules(
         leaves = {path: change(params[name]) for name, (path, change) in partner.items()}
         like = next(iter(leaves.values())).dtype
         other = jax.tree.map(lambda x: x.astype(like) if hasattr(x, "dtype") and "float" in str(x.dtype) else x, rest)
-        fresh = nnx.from_flat_state([(path, leaf.replace(leaves[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)])
+        fresh = nnx.from_flat_state(
+            [(path, leaf.replace(leaves[".".join(map(str, path))])) for path, leaf in nnx.to_flat_state(state)]
+        )
         model = nnx.merge(graph, fresh, other)
         with _flax_notes(model, nnx):
             return _plain(model(**given))
@@ -343,16 +403,22 @@ def _plain(output: Any) -> Any:
     return flatten(output)
 
 
-def _partners(names: Mapping[str, np.ndarray], flat: Mapping[str, Any], rename: Any, convert: Mapping[str, Any]) -> dict[str, Any]:
+def _partners(
+    names: Mapping[str, np.ndarray], flat: Mapping[str, Any], rename: Any, convert: Mapping[str, Any]
+) -> dict[str, Any]:
     partner: dict[str, Any] = {}
     for name, value in names.items():
         path = _renamed(name, rename)
         stem, _, last = path.rpartition(".")
-        options = [path] + [f"{stem}.{word}".lstrip(".") for word in ("kernel", "scale", "embedding") if last == "weight"]
+        options = [path] + [
+            f"{stem}.{word}".lstrip(".") for word in ("kernel", "scale", "embedding") if last == "weight"
+        ]
         found = next((option for option in options if option in flat), None)
         if found is None:
             near = difflib.get_close_matches(path, flat, n=1)
-            raise ValueError(f"{name} of the PyTorch module has no partner ({', '.join(options)}); nearest is {near}; use rename")
+            raise ValueError(
+                f"{name} of the PyTorch module has no partner ({', '.join(options)}); nearest is {near}; use rename"
+            )
         change = convert.get(name) or (_transposed if found.endswith("kernel") else lambda v: v)
         if tuple(change(value).shape) != tuple(flat[found].shape):
             shape = tuple(flat[found].shape)
@@ -366,7 +432,7 @@ def _partners(names: Mapping[str, np.ndarray], flat: Mapping[str, Any], rename: 
 
 def _renamed(name: str, rename: Any) -> str:
     if callable(rename):
-        return rename(name)
+        return str(rename(name))
     for old, new in sorted((rename or {}).items(), key=lambda item: -len(item[0])):
         if name == old or name.startswith(old + "."):
             return new + name[len(old) :]
@@ -384,7 +450,11 @@ def _torch_notes(module: Any) -> Any:
     def hook(name: str) -> Any:
         return lambda _module, _inputs, output: None if not hasattr(output, "detach") else (note(name, output), None)[1]
 
-    handles = [sub.register_forward_hook(hook(name)) for name, sub in module.named_modules() if name] if _notes.get() is not None else []
+    handles = (
+        [sub.register_forward_hook(hook(name)) for name, sub in module.named_modules() if name]
+        if _notes.get() is not None
+        else []
+    )
     try:
         yield
     finally:

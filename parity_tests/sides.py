@@ -21,7 +21,18 @@ from parity_tests.case import Case
 from parity_tests.trees import flatten
 
 Leaves = dict[str, Any]
-MODULES = ("likelihood", "layers", "vae", "conditions", "operators", "distances", "spectral", "steps", "probe", "bridge")
+MODULES = (
+    "likelihood",
+    "layers",
+    "vae",
+    "conditions",
+    "operators",
+    "distances",
+    "spectral",
+    "steps",
+    "probe",
+    "bridge",
+)
 
 # Precision tiers: dtype of the arrays, unit roundoff, and the name each framework gives its matmul precision.
 TIERS = {
@@ -41,9 +52,9 @@ class Evaluation:
     """What a side computed for a case. `errors` has the oracle's running errors under the same keys."""
 
     value: dict[str, np.ndarray]
-    gradient: dict[str, np.ndarray | None] = field(default_factory=dict)
-    jvp: dict[str, np.ndarray] = field(default_factory=dict)
-    hvp: dict[str, np.ndarray | None] = field(default_factory=dict)
+    gradient: dict[str, Any] = field(default_factory=dict)
+    jvp: dict[str, Any] = field(default_factory=dict)
+    hvp: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
     def quantity(self, name: str) -> dict[str, Any]:
@@ -146,7 +157,10 @@ def _evaluate_jax(side: Side, case: Case, quantities: tuple[str, ...]) -> Evalua
         directions = {name: side.array(value) for name, value in case.directions().items()}
 
         def outputs(moving: Leaves) -> Leaves:
-            return {name: jnp.asarray(value) for name, value in flatten(case.call(side.namespace, {**fixed, **moving})).items()}
+            return {
+                name: jnp.asarray(value)
+                for name, value in flatten(case.call(side.namespace, {**fixed, **moving})).items()
+            }
 
         def scalar(moving: Leaves) -> Any:
             parts = [
@@ -206,7 +220,11 @@ def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:
         given = [flag(atom) for atom in equation.invars]
         inner = equation.params.get("jaxpr") or equation.params.get("call_jaxpr")
         inner = getattr(inner, "jaxpr", inner)
-        if inner is not None and equation.primitive.name not in ("scan", "while", "cond") and len(inner.invars) == len(given):
+        if (
+            inner is not None
+            and equation.primitive.name not in ("scan", "while", "cond")
+            and len(inner.invars) == len(given)
+        ):
             out = _reached(inner, given)
         else:
             out = [any(given)] * len(equation.outvars)
@@ -259,7 +277,7 @@ def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Eval
         weights = {
             name: side.array(case.weight(name, tuple(value.shape))).requires_grad_() for name, value in floats.items()
         }
-        scalar = sum(((value * weights[name]).sum() for name, value in floats.items()), torch.zeros(()))
+        scalar: Any = sum((value * weights[name]).sum() for name, value in floats.items())
         directions = {name: side.array(value) for name, value in case.directions().items()}
         twice = "jvp" in quantities or "hvp" in quantities
         inputs = list(moving.values())
@@ -274,7 +292,7 @@ def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Eval
                 for name, grad in zip(active, gradients, strict=True)
                 if grad is not None and grad.requires_grad
             ]
-            slope = sum(pieces[1:], pieces[0]) if pieces else None
+            slope: Any = sum(pieces[1:], pieces[0]) if pieces else None
             names, chosen = list(weights), list(weights.values())
             seconds: tuple[Any, ...] = (None,) * (len(inputs) + len(chosen))
             if slope is not None:
@@ -324,7 +342,9 @@ def evaluate_oracle(case: Case, *, shift: float = 0.0, derivatives: bool = True)
         total = total + ((value * weight).sum() if weight.shape else value)
     if not derivatives:
         return Evaluation({"value": total.value})
-    result = Evaluation({n: value.value if isinstance(value, Jet) else np.asarray(value) for n, value in outputs.items()})
+    result = Evaluation(
+        {n: value.value if isinstance(value, Jet) else np.asarray(value) for n, value in outputs.items()}
+    )
     result.errors["value"] = {name: value.v.error for name, value in floats.items()}
     result.errors["scalar"] = {"value": total.v.error}
     if not active:

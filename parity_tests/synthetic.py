@@ -51,7 +51,11 @@ def parameters(config: Config, seed: int = 1, *, off: float = 0.3, features: boo
 
 def trainable(stage: str, params: Arrays) -> Arrays:
     """The parameters that a stage trains."""
-    prefixes = {"vae": ("vae.",), "operator": ("conditions.", "operators."), "joint": ("vae.", "conditions.", "operators.")}
+    prefixes = {
+        "vae": ("vae.",),
+        "operator": ("conditions.", "operators."),
+        "joint": ("vae.", "conditions.", "operators."),
+    }
     return {k: v for k, v in params.items() if k.startswith(prefixes[stage]) and k != "conditions.features"}
 
 

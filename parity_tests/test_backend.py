@@ -18,7 +18,7 @@ def _x64_put_back():
     """Backend(dtype="float64") turns 64-bit numbers on for the process; the float32 cases must run without."""
     import jax
 
-    before = jax.config.jax_enable_x64
+    before = jax.config.values["jax_enable_x64"]
     yield
     jax.config.update("jax_enable_x64", before)
 
@@ -29,7 +29,9 @@ def test_backend(twin: str, check: str) -> None:
     assert CHECKS[check](Namespace(twin)) == ""
 
 
-@pytest.mark.parametrize("name", ["vae_loss/library, gene, log1p", "operator_loss/penalty active", "joint_loss/library"])
+@pytest.mark.parametrize(
+    "name", ["vae_loss/library, gene, log1p", "operator_loss/penalty active", "joint_loss/library"]
+)
 def test_twins_record_the_same_intermediates_in_the_same_order(name: str) -> None:
     one, two = (list(trace(Side(framework), by_name(name))[0]) for framework in ("jax", "torch"))
     assert one == two
@@ -48,7 +50,13 @@ def test_a_checkpoint_of_one_twin_is_read_by_the_other_bit_for_bit(writer: str, 
     read = load_arrays(tmp_path / "state.safetensors", digest)
     back = {tree: {k.split("/", 1)[1]: v for k, v in read.items() if k.startswith(tree + "/")} for tree in trees}
     state = two.init(
-        "operator", back["params"], trainable=tuple(back["m"]), m=back["m"], v=back["v"], count=export["count"], carry=back["carry"]
+        "operator",
+        back["params"],
+        trainable=tuple(back["m"]),
+        m=back["m"],
+        v=back["v"],
+        count=export["count"],
+        carry=back["carry"],
     )
     again = two.export(state)
     assert again["count"] == export["count"] == 3

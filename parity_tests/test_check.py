@@ -40,7 +40,9 @@ def test_a_transposed_square_kernel_is_found_and_located() -> None:
 
 
 def test_a_detached_gradient_is_found_and_the_culprit_named() -> None:
-    wrong = lambda p, x: (jax.nn.relu(x @ p["w"] + p["b"]) * jax.lax.stop_gradient(jax.nn.relu(x @ p["w"] + p["b"]))).mean()
+    wrong = lambda p, x: (
+        jax.nn.relu(x @ p["w"] + p["b"]) * jax.lax.stop_gradient(jax.nn.relu(x @ p["w"] + p["b"]))
+    ).mean()
     report = check(torch_layer, wrong, params=PARAMS, inputs=INPUTS)
     failed = [result for result in report.failures if result.tier == "float64"]
     assert {(r.quantity, r.verdict) for r in failed if r.quantity == "gradient"} == {("gradient", "JAX wrong")}
@@ -104,7 +106,10 @@ class FlaxBlock(nnx.Module):
         return {"logits": self.head(h), "last_hidden_state": h}
 
 
-TOKENS = {"input_ids": DRAW.integers(0, 11, (3, 7)).astype(np.int32), "mask": (np.arange(7) < [[7], [4], [5]]).astype(float)}
+TOKENS = {
+    "input_ids": DRAW.integers(0, 11, (3, 7)).astype(np.int32),
+    "mask": (np.arange(7) < [[7], [4], [5]]).astype(float),
+}
 RENAME = {"embed": "embeddings"}
 
 

@@ -11,7 +11,18 @@ import pytest
 from parity_tests import compare as comparer
 from parity_tests.case import Case
 from parity_tests.cases import by_name
-from parity_tests.compare import BOTH_WRONG, EQUAL, JAX_WRONG, NOISE, TORCH_WRONG, Report, Result, compare, judge, oracle_of
+from parity_tests.compare import (
+    BOTH_WRONG,
+    EQUAL,
+    JAX_WRONG,
+    NOISE,
+    TORCH_WRONG,
+    Report,
+    Result,
+    compare,
+    judge,
+    oracle_of,
+)
 from parity_tests.sides import Evaluation, Side
 
 SIDES = (Side("jax"), Side("torch"))
@@ -103,7 +114,13 @@ def test_an_error_within_a_thousandfold_tolerance_is_noticed() -> None:
 
 def test_a_tolerance_multiplied_by_1e3_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """These are the constants of docs/parity.md; a change of one needs a change of this line and of that page."""
-    assert (comparer.RULE_2, comparer.CAP, comparer.VACUOUS, Case("", "", {}).c, Case("", "", {}).terms) == (3.0, 30.0, 1e3, 100.0, 4)
+    assert (comparer.RULE_2, comparer.CAP, comparer.VACUOUS, Case("", "", {}).c, Case("", "", {}).terms) == (
+        3.0,
+        30.0,
+        1e3,
+        100.0,
+        4,
+    )
     from parity_tests.cases import all_cases
 
     assert max(case.c for case in all_cases()) <= 100.0
@@ -127,7 +144,9 @@ def test_rule_2_in_float32(errors: tuple[float, float], verdict: str) -> None:
 
 
 def test_a_side_that_raises_is_wrong() -> None:
-    broken = Case("broken/", "likelihood.gaussian_kl", {"mu": np.ones((2, 3)), "logvar": np.ones((2, 5))}, differentiate=("mu",))
+    broken = Case(
+        "broken/", "likelihood.gaussian_kl", {"mu": np.ones((2, 3)), "logvar": np.ones((2, 5))}, differentiate=("mu",)
+    )
     results = comparer.run_case(broken, SIDES)
     assert results[0].verdict == JAX_WRONG
     assert "raised" in results[0].detail

@@ -54,5 +54,5 @@ def test_polygamma_difference_equals_mpmath(x: int, r: float, order: int) -> Non
         exact = at(mpmath.mpf(r) + x) - at(mpmath.mpf(r))
         got = polygamma_difference(np.array(x), np.array(r), order)
         # A long double passes through text without loss.
-        gap = abs(mpmath.mpf(np.format_float_scientific(got, precision=25, unique=False)) - exact)
+        gap = abs(mpmath.mpf(np.format_float_scientific(WIDE(got), precision=25, unique=False)) - exact)
         assert gap <= abs(exact) * mpmath.mpf(2) ** -56

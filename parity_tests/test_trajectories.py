@@ -14,7 +14,7 @@ SHORT, LONG = 30, 1000
 def _x64_put_back():
     import jax
 
-    before = jax.config.jax_enable_x64
+    before = jax.config.values["jax_enable_x64"]
     yield
     jax.config.update("jax_enable_x64", before)
 

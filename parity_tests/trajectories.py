@@ -50,9 +50,14 @@ def advance(
     """n steps from an export: the new export with frozen parameters in it, and the losses."""
     frozen = {name: value for name, value in exported["params"].items() if name not in exported["m"]}
     state = backend.init(
-        stage, exported["params"], trainable=tuple(exported["m"]), m=exported["m"], v=exported["v"],
-        count=exported["count"], carry=exported["carry"],
-    )  # fmt: skip
+        stage,
+        exported["params"],
+        trainable=tuple(exported["m"]),
+        m=exported["m"],
+        v=exported["v"],
+        count=exported["count"],
+        carry=exported["carry"],
+    )
     losses = []
     for begin in range(first, first + n, CHUNK):
         inputs = _inputs(stage, config, begin, min(CHUNK, first + n - begin))
@@ -83,7 +88,9 @@ def nudged(exported: dict[str, Any], seed: int, dtype: str) -> dict[str, Any]:
     return {**exported, "params": params}
 
 
-def _restless(backend: Any, stage: str, state: dict[str, Any], steps: int, config: Config, seed: int, dtype: str) -> dict[str, Any]:
+def _restless(
+    backend: Any, stage: str, state: dict[str, Any], steps: int, config: Config, seed: int, dtype: str
+) -> dict[str, Any]:
     """A run whose parameters are moved by one ulp every few steps, as another order of summation would move them."""
     for first in range(0, steps, NUDGE_EVERY):
         state = nudged(state, 1000 * seed + first, dtype)
@@ -107,10 +114,12 @@ class Trajectory:
     @property
     def passed(self) -> bool:
         """Rule 9: the twins differ by no more than one twin differs from itself. A quiet run may be at rounding."""
-        return self.gap <= 3 * max(self.spread, np.finfo(self.dtype).eps)
+        return bool(self.gap <= 3 * max(self.spread, np.finfo(self.dtype).eps))
 
 
-def compare(stage: str, dtype: str, steps: int, *, devices: tuple[str, str] = ("cpu", "cpu"), nudges: int = 2) -> Trajectory:
+def compare(
+    stage: str, dtype: str, steps: int, *, devices: tuple[str, str] = ("cpu", "cpu"), nudges: int = 2
+) -> Trajectory:
     """Train both twins and the nudged PyTorch runs."""
     config = syn.configuration()
     begin = start(stage, config)

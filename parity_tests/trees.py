@@ -11,8 +11,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """{"a/0/b": leaf}. A bare leaf is called "value"; None is left out."""
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         tree = {field.name: getattr(tree, field.name) for field in dataclasses.fields(tree)}
-    elif hasattr(tree, "_asdict"):
-        tree = tree._asdict()
+    elif isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        tree = dict(zip(tree._fields, tree, strict=True))  # type: ignore[attr-defined]
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, tuple | list):
