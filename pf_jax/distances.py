@@ -48,8 +48,7 @@ def energy_distance(
         y: (m, n_latent).
         wx: (n,) weights >= 0, normalised here; None for equal weights.
         wy: (m,) the same for y.
-        estimator: "v" (pairs of a cell with itself count; never negative) or "u" (they do not; unbiased, and not a
-            number when a side has a single cell).
+        estimator: "v" (pairs of a cell with itself count; never negative) or "u" (they do not; unbiased).
         power: 1 for distances, 2 for squared distances (from moments, without pairs).
         smoothing: s of sqrt(d^2 + s), in units of x squared.
         method: "tiled", or "plain" for whole matrices of distances.

@@ -462,7 +462,8 @@ def elbo_loss(
     """
     nll = _mean(-nb_log_prob(x, mu, r), weight)
     kl = _mean(gaussian_kl(z_mu, z_logvar), weight)
-    return nll + beta * kl, jax.lax.stop_gradient({"nll": nll, "kl": kl})
+    # twin: stop_gradient of a dictionary would sort its keys, and the parts are recorded in this order.
+    return nll + beta * kl, {name: jax.lax.stop_gradient(part) for name, part in (("nll", nll), ("kl", kl))}
 
 
 def _mean(values: jax.Array, weight: jax.Array | None) -> jax.Array:
