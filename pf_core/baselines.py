@@ -32,6 +32,9 @@ from pf_core.outputs import BLOCK, Csr, Means
 Context = tuple[str, str]  # tissue, cell type
 
 
+MEAN_PROFILE_R = 1.0  # cells scatter around the mean profile of their type by more than around a decoded mean
+
+
 @dataclass(frozen=True)
 class Task:
     """One condition to be predicted from the control cells of its context.
@@ -59,6 +62,7 @@ class Prediction:
 
     means: Means | None
     basis: str = ""
+    r: float | None = None  # inverse dispersion of cells around these means; None for that of the model
 
 
 @dataclass(frozen=True)
@@ -200,9 +204,8 @@ def no_change() -> Predictor:
 def mean_shift(shifts: Shifts) -> Predictor:
     """The shift of log1p mean profiles, added to the mean profile of the task's controls.
 
-    p0 is the controls' mean profile, and p1 = expm1(log1p(1e4 p0) + shift), scaled to the sum of p0. A cell's rates
-    are taken to scatter around library p0 as a Gamma of shape 1; given its counts x their mean is w p0 with
-    w = library (x + 1) / (library p0 + 1). So mu0 = w p0 and mu1 = w p1: a cell above the mean stays above it.
+    p0 is the controls' mean profile, and p1 = expm1(log1p(1e4 p0) + shift), scaled to the sum of p0; mu0 = library p0
+    and mu1 = library p1. A cell's own rates are taken to scatter around library p0 as a Gamma of shape 1.
     Declines where the label has no training cells.
 
     Args:
@@ -278,8 +281,6 @@ def _shifted_profile(task: Task, found: Shift | Declined) -> Prediction | Declin
     p1 *= p0.sum() / p1.sum()
 
     def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        depth = library[rows, None]
-        weight = depth * (task.counts[rows].toarray() + 1.0) / (depth * p0 + 1.0)
-        return weight * p0, weight * p1
+        return library[rows, None] * p0, library[rows, None] * p1
 
-    return Prediction(means, found.basis)
+    return Prediction(means, found.basis, MEAN_PROFILE_R)

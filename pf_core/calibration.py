@@ -10,7 +10,7 @@ an operator that changes nothing this is the mean shift; what the operator knows
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,9 @@ import numpy as np
 from pf_core.baselines import Context, Declined, Shift, Shifts, log_profile
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.labels import CONTROL, Members, condition_label
+from pf_core.labels import Members, condition_label
 
 MAX_CELLS = 500  # per condition, for its decoded change
-Decoded = Callable[[Group, np.ndarray], tuple[np.ndarray, np.ndarray]]
-"""(group, its control cells) -> mean decoded profiles (n_genes,) before and after, each of sum 1."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,16 @@ class Calibration:
     """Differences between observed and decoded changes of training conditions, on log1p of profiles at 1e4."""
 
     shifts: Shifts
+    separator: str = "+"
 
     def of(self, members: Members, context: Context) -> np.ndarray | None:
         """The correction (n_genes,) of a condition in a context (tissue, cell type).
 
-        A condition that training did not see gets the sum of its members' corrections, as far as these were seen
-        alone; None where nothing is known.
+        None for a condition that training did not see: corrections of its members do not add, they share the noise of
+        the same controls.
         """
-        found = self.shifts.of(condition_label(members), context)
-        if isinstance(found, Shift):
-            return found.value
-        singles = [self.shifts.of(condition_label((member,)), context) for member in members]
-        known = [shift.value for shift in singles if not isinstance(shift, Declined)]
-        return np.sum(known, axis=0) if known else None
+        found = self.shifts.of(condition_label(members, self.separator), context)
+        return None if isinstance(found, Declined) else found.value
 
 
 def apply(mu: np.ndarray, library: np.ndarray, correction: np.ndarray) -> np.ndarray:
@@ -59,33 +54,28 @@ def apply(mu: np.ndarray, library: np.ndarray, correction: np.ndarray) -> np.nda
     return moved * np.divide(mu.sum(1, keepdims=True), total, out=np.zeros_like(total), where=total > 0)
 
 
-def calibrate(dataset: Dataset, groups: Sequence[Group], decoded: Decoded) -> Calibration:
+def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
     """Measure the corrections of all training conditions.
 
     Args:
         dataset: with the model's genes.
-        groups: training conditions; batches of one condition and context are pooled.
-        decoded: mean decoded profiles of some control cells of a group, before and after its operator.
+        groups: training conditions without control; batches of one condition and context are pooled.
+        before, after: (n_groups, n_genes) mean decoded profiles of each group's controls, as they are and moved.
     """
     library = dataset.library()
-    parts: dict[tuple[str, Context], list[tuple[int, np.ndarray]]] = {}
-    for group in groups:
-        if group.label == CONTROL:
-            continue
+    decoded = log_profile(after) - log_profile(before)
+    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray]]] = {}
+    for group, change in zip(groups, decoded, strict=True):
         observed = _observed(dataset, library, group.cells) - _observed(dataset, library, group.controls)
-        step = max(1, len(group.controls) // MAX_CELLS)
-        before, after = decoded(group, group.controls[::step])
-        difference = observed - (log_profile(after) - log_profile(before))
-        key = (group.label, (group.tissue, group.cell_type))
         n = len(group.cells) * len(group.controls) / (len(group.cells) + len(group.controls))
-        parts.setdefault(key, []).append((n, difference))
+        parts.setdefault((group.label, (group.tissue, group.cell_type)), []).append((n, observed - change))
     shifts = Shifts(())
     for (label, context), found in parts.items():
         n = float(sum(size for size, _ in found))
         value = np.average([difference for _, difference in found], axis=0, weights=[size for size, _ in found])
         shift = Shift(value, n / (n + MIN_MATCHED), "own context")
         shifts.by_label.setdefault(label, {})[context] = shift
-    return Calibration(shifts)
+    return Calibration(shifts, dataset.config.separator)
 
 
 def _observed(dataset: Dataset, library: np.ndarray, cells: np.ndarray) -> np.ndarray:
@@ -102,7 +92,7 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
         for label, found in sorted(calibration.shifts.by_label.items())
         for context, shift in sorted(found.items())
     ]
-    names = json.dumps([row[:3] for row in rows]).encode()
+    names = json.dumps({"separator": calibration.separator, "rows": [row[:3] for row in rows]}).encode()
     return {
         "values": np.array([row[3].value for row in rows], np.float32),
         "weights": np.array([row[3].weight for row in rows]),
@@ -114,8 +104,10 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
     shifts = Shifts(())
     names = json.loads(arrays["names"].tobytes())
-    for (label, tissue, cell_type), value, weight in zip(names, arrays["values"], arrays["weights"], strict=True):
+    for (label, tissue, cell_type), value, weight in zip(
+        names["rows"], arrays["values"], arrays["weights"], strict=True
+    ):
         shifts.by_label.setdefault(label, {})[tissue, cell_type] = Shift(
             value.astype(np.float64), float(weight), "own context"
         )
-    return Calibration(shifts)
+    return Calibration(shifts, names["separator"])

@@ -1,4 +1,4 @@
-"""The command line: pf simulate | train | predict | evaluate | demo | replay | convert | parity | bench | doctor."""
+"""The command line: pf demo | simulate | train | predict | evaluate | replay | parity | doctor."""
 
 from __future__ import annotations
 
@@ -284,3 +284,38 @@ def replay(
     from pf_core.replay import replay as run_replay
 
     run_replay(crash, backend=backend, device=device, console=_console())
+
+
+@app.command()
+def parity(
+    device: Annotated[str, typer.Option(help="cpu, gpu, tpu; several with commas")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float64, float32, tf32, bf16; several with commas")] = "float64,float32",
+    out: Annotated[Path, typer.Option(help="folder of the certificate")] = Path("pf-parity"),
+    mutants: Annotated[bool, typer.Option("--mutants", help="also plant faults; every one must be noticed")] = False,
+) -> None:
+    """Prove on this machine that the twins are one function with the same gradients; write the certificate."""
+    from pf_core.errors import ConfigError
+
+    try:
+        from parity_tests import certificate
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'pf parity needs {error.name}; install both frameworks: "perturb-forecast[torch]"') from None
+    code = certificate.run(_commas(device), _commas(dtype), out, mutants)
+    print(f"certificate: {out / 'certificate.html'}")
+    raise typer.Exit(code)
+
+
+def _commas(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def doctor() -> None:
+    """Measure the conventions of the installed frameworks and say which differ from the table in docs/parity.md."""
+    from pf_core.errors import ConfigError
+
+    try:
+        from parity_tests import doctor as examination
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'pf doctor needs {error.name}; install both frameworks: "perturb-forecast[torch]"') from None
+    raise typer.Exit(examination.run())

@@ -143,7 +143,7 @@ def _judge(
         tissue,
         cell_type,
         tuple(member for member, _ in members),
-        tuple(condition_label((member,)) for member in members),
+        tuple(condition_label((member,), model.config.data.separator) for member in members),
         dataset.rows(controls),
         dataset.library()[controls],
     )
@@ -157,7 +157,8 @@ def _judge(
             if answer.reason != "not a combination":
                 rows.append(MetricRow(condition, method, kind=kind, declined=answer.reason))
             continue
-        counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=model.dispersion())
+        r = model.dispersion() if answer.r is None else answer.r
+        counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=r)
         values = metrics.score(real, counts, task.counts, ruler)
         values |= _latent_energies(model, counts, tissue, z_real)
         rows.append(MetricRow(condition, method, values, kind))

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import sparse
 
 from pf_core import backends, data, genes, splits
 from pf_core.backends import Backend
 from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
-from pf_core.calibration import Decoded, calibrate, to_arrays
+from pf_core.calibration import MAX_CELLS, calibrate, to_arrays
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
@@ -249,7 +250,8 @@ def _fit(
     model = Model(config, names, params, twin, run)
     run.write("model.safetensors", params)
     if config.operator.calibrate:
-        model.calibration = calibrate(dataset, training_groups(dataset, split), decoded_change(model, dataset))
+        groups = [group for group in training_groups(dataset, split) if group.label != CONTROL]
+        model.calibration = calibrate(dataset, groups, *decoded_profiles(model, dataset, groups))
         run.write("calibration.safetensors", to_arrays(model.calibration))
     run.commit()
     with console.status("judging the held-out conditions") if console and console.is_terminal else nullcontext():
@@ -315,20 +317,30 @@ def _train(
     return stage("joint", joint, params, lambda name: name != "conditions.features", carry)
 
 
-def decoded_change(model: Model, dataset: Dataset) -> Decoded:
-    """Mean decoded profiles of control cells before and after the operator of a group."""
-
-    def decoded(group: Group, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        library = dataset.library()[cells][:, None]
-        _, [(_, means)] = model.forecast(dataset, cells, [model.members(group.label)])
-        total = np.zeros((2, dataset.n_genes))
-        for start in range(0, len(cells), BLOCK):
-            rows = slice(start, min(start + BLOCK, len(cells)))
-            total += np.stack([(mu / library[rows]).sum(0) for mu in means(rows)])
-        before, after = total / len(cells)
-        return before, after
-
-    return decoded
+def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean decoded profiles (n_groups, n_genes) of the controls of each group, before and after its operator."""
+    found = model.backend.operators(
+        model.params, conditions(groups, dataset.perturbations, model.vocabulary, model.config.dtype), model.config
+    )
+    chosen = [group.controls[:: max(1, len(group.controls) // MAX_CELLS)] for group in groups]
+    cells, row = np.concatenate(chosen), np.repeat(np.arange(len(groups)), [len(some) for some in chosen])
+    distinct, place = np.unique(cells, return_inverse=True)
+    z0 = model.encode(dataset, distinct)[place]
+    z1 = np.empty_like(z0)
+    for index in range(len(groups)):
+        z1[row == index] = z0[row == index] @ found["A"][index].T + found["b"][index]
+    tissue = model.vocabulary.codes("tissues", dataset.tissue)[cells]
+    library = dataset.library()[cells].astype(model.config.dtype)
+    totals = np.zeros((2, len(groups), dataset.n_genes))
+    for start in range(0, len(cells), BLOCK):
+        rows = slice(start, start + BLOCK)
+        weight = sparse.csr_matrix(
+            (1.0 / library[rows], (row[rows], np.arange(len(row[rows])))), (len(groups), len(row[rows]))
+        )
+        for total, z in zip(totals, (z0, z1), strict=True):
+            total += weight @ model.decode(z[rows], tissue[rows], library[rows])
+    before, after = totals / np.bincount(row)[:, None]
+    return before, after
 
 
 def validation_groups(dataset: Dataset, split: Split) -> list[Group]:

@@ -19,14 +19,14 @@ from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
 from pf_core.labels import Members, parse_condition
 from pf_core.operator import Operator
-from pf_core.outputs import Means, predicted_counts
+from pf_core.outputs import BLOCK, Means, predicted_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["Model"]
 
-ENCODE_BLOCK = 1024  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
+ENCODE_BLOCK = BLOCK  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
 
 
 class Model:

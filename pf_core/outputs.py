@@ -4,8 +4,10 @@ A model, and every baseline, says for each control cell what its mean profile is
 the perturbation (mu1). How that becomes a cell is one choice, made here and applied to all of them alike:
 
 - "transport" keeps the control cell's own counts x: thinned by Binomial(x, mu1/mu0) where the mean falls, increased by
-  Poisson(mu1 - mu0) where it rises. The expectation is x mu1/mu0 or x + mu1 - mu0, and the cell keeps the noise, the
-  depth and the co-expression that no decoder models.
+  a Poisson draw of mean mu1 - mu0 where it rises. Up to a doubling the increase follows the cell's own rate, which
+  given its count is Gamma with mean (x + r)/(mu0 + r) times mu0: a cell that expresses a gene raises it more. What goes
+  beyond a doubling is new expression and no cell's own. The cell keeps the noise, the depth and the co-expression that
+  no decoder models.
 - "sample" draws NB(mu1, r).
 - "mean" is mu1. It has no noise, so distances between distributions punish it.
 """
@@ -28,16 +30,21 @@ Means = Callable[[slice], tuple[np.ndarray, np.ndarray]]
 BLOCK = 512  # rows that are dense at once; also the unit of the random streams, so it is a constant and no argument
 
 
-def transport(counts: Csr, mu0: np.ndarray, mu1: np.ndarray, rng: np.random.Generator) -> Csr:
+def transport(
+    counts: Csr, mu0: np.ndarray, mu1: np.ndarray, rng: np.random.Generator, r: np.ndarray | float | None = None
+) -> Csr:
     """Move control cells from mean mu0 to mean mu1, keeping their own counts.
 
-    Binomial(x, mu1/mu0) where mu1 < mu0, x + Poisson(mu1 - mu0) where mu1 > mu0, x itself where they are equal (also
-    where both are 0). Nothing is divided by a mean of 0 and no ratio above 1 is formed.
+    Binomial(x, mu1/mu0) where mu1 < mu0. Where mu1 > mu0, with d = mu1 - mu0 and w = (x + r)/(mu0 + r),
+    x + Poisson(w min(d, mu0) + max(d - mu0, 0)); without r, w = 1. x itself where both means are equal (also where both
+    are 0). Nothing is divided by a mean of 0 and no ratio above 1 is formed. Since E[w] = 1 for counts of mean mu0, the
+    expectation over cells is mu1 in either case.
 
     Args:
         counts: (n_cells, n_genes) sparse, non-negative integers.
         mu0, mu1: (n_cells, n_genes) means of the cell before and after, in counts, finite and not negative.
         rng: as from `pf_core.noise.generator`.
+        r: (n_genes,) or () inverse dispersion of the cells around mu0, positive; None for no spread.
 
     Returns:
         (n_cells, n_genes) CSR of integers, in the dtype of counts, without stored zeros.
@@ -56,7 +63,11 @@ def transport(counts: Csr, mu0: np.ndarray, mu1: np.ndarray, rng: np.random.Gene
     kept = counts.data.astype(np.int64)
     kept[falls] = rng.binomial(kept[falls], after[falls] / before[falls])
     thinned = sparse.csr_matrix((kept, counts.indices, counts.indptr), shape=shape)
-    moved = _csr(thinned + sparse.csr_matrix(rng.poisson(np.maximum(mu1 - mu0, 0.0))))
+    rise = np.maximum(mu1 - mu0, 0.0)
+    if r is not None:
+        own = np.minimum(rise, mu0)
+        rise += own * ((counts.toarray() + r) / (mu0 + r) - 1.0)
+    moved = _csr(thinned + sparse.csr_matrix(rng.poisson(np.maximum(rise, 0.0))))
     moved.eliminate_zeros()
     return moved.astype(counts.dtype)
 
@@ -92,7 +103,7 @@ def predicted_counts(
     seed: int,
     name: str,
     output: Output = "transport",
-    r: np.ndarray | None = None,
+    r: np.ndarray | float | None = None,
 ) -> Csr:
     """The predicted cells, one for each control cell, block by block.
 
@@ -104,7 +115,7 @@ def predicted_counts(
         name: what is predicted, for example "NK cells/IFNB". Draws depend on (seed, name, output) and on nothing
             else: two predictors with equal means get equal cells.
         output: "transport", "sample" or "mean".
-        r: (n_genes,) inverse dispersion, for "sample".
+        r: (n_genes,) or () inverse dispersion: of the draws of "sample", and of the cells' own rates in "transport".
 
     Returns:
         (n_cells, n_genes) CSR, float32. For "mean" every entry is stored.
@@ -125,7 +136,7 @@ def predicted_counts(
         mu0, mu1 = means(rows)
         rng = generator(seed, f"output.{output}.{name}", index)
         if output == "transport":
-            blocks.append(transport(counts[rows], mu0, mu1, rng))
+            blocks.append(transport(counts[rows], mu0, mu1, rng, r))
         elif output == "sample":
             assert r is not None
             blocks.append(sample(mu1, r, rng))

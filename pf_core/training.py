@@ -19,7 +19,7 @@ from pf_core.backends import Arrays, Backend
 from pf_core.checkpoint import Checkpoint, Run, save_arrays, write_atomic
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, RETURN_LR_FACTOR, Config, StageConfig
 from pf_core.errors import TrainingError
-from pf_core.health import health_of
+from pf_core.health import judge
 
 CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once
 
@@ -178,8 +178,9 @@ def train_stage(
     else:
         state, position = restore(resume)
 
-    per_call = steps_per_call(source, settings) if settings.max_steps else 1
+    per_call = steps_per_call(source, settings)
     names = sorted(trainable)
+    unreached = _unreached(backend, stage, source, config, trainable, params, carry)
     while not position.done and position.step < settings.max_steps:
         stop = next_stop(settings, position.step, per_call)
         batches, noises, hypers = _chunk(source, config, stage, position, stop)
@@ -210,7 +211,7 @@ def train_stage(
         is_best = False
         if stop % settings.evaluate_every == 0 or stop == settings.max_steps:
             record["validation"] = validate(backend, stage, state, source, config)
-            record["health"] = _health(backend, stage, state, source, config, trainable, params, position)
+            record["health"] = _health(metrics["param_grad_norm"][-1], backend.export(state)["params"], unreached)
             is_best = _judge(position, record["validation"], values["loss"], settings, stop)
         position.history_length = run.append_history(record)
         if stop == settings.max_steps:
@@ -268,24 +269,30 @@ def _shown(record: dict[str, Any]) -> dict[str, float]:
     return values
 
 
-def _health(
+def _unreached(
     backend: Backend,
     stage: str,
-    state: Any,
     source: Source,
     config: Config,
     trainable: tuple[str, ...],
     params: Mapping[str, np.ndarray],
-    position: Position,
-) -> dict[str, str]:
-    """Verdict on each parameter's gradient (none, zero, tiny, huge, non-finite, ok) at the coming step."""
-    exported = backend.export(state)
-    everything = {**params, **exported["params"]}
-    batch, noise = source.batch(position.step, position.attempt)
-    hyper = {"lr": 0.0, "beta": kl_weight(config, stage, position.step)}
+    carry: Arrays,
+) -> set[str]:
+    """Parameters from which no path leads to the loss: a matter of structure, looked up once per stage."""
+    batch, noise = source.batch(0, 0)
     batch, noise = ({name: array[0] for name, array in tree.items()} for tree in (batch, noise))
-    _, grads = backend.gradients(stage, everything, trainable, batch, noise, hyper, exported["carry"], config)
-    return {name: health_of(grad, everything[name]).verdict for name, grad in sorted(grads.items())}
+    hyper = {"lr": 0.0, "beta": config.vae.beta}
+    _, grads = backend.gradients(stage, params, trainable, batch, noise, hyper, carry, config)
+    return {name for name, grad in grads.items() if grad is None}
+
+
+def _health(norms: np.ndarray, params: Mapping[str, np.ndarray], unreached: set[str]) -> dict[str, str]:
+    """Verdict on each parameter's gradient at the last step (none, zero, tiny, huge, non-finite, ok), from its norm."""
+    verdicts = {}
+    for name, norm in zip(sorted(params), map(float, norms), strict=True):
+        size = float(np.linalg.norm(params[name].astype(np.float64)))
+        verdicts[name] = judge(norm, norm, int(not math.isfinite(norm)), size, name not in unreached).verdict
+    return verdicts
 
 
 def _crash(

@@ -322,10 +322,10 @@ class Backend:
             state: from `init` or `run`.
 
         Returns:
-            {"params", "m", "v", "carry"} of NumPy arrays by name, and "count".
+            {"params", "m", "v", "carry"} of NumPy arrays by name, the trained parameters only, and "count".
         """
         return {
-            "params": to_numpy(state.frozen | state.params),
+            "params": to_numpy(state.params),
             "m": to_numpy(state.m),
             "v": to_numpy(state.v),
             "count": int(state.count),

@@ -71,13 +71,17 @@ def _profile_means(task, change):
     p0 = np.mean([cell / depth for cell, depth in zip(x, library, strict=True)], axis=0)
     p1 = np.maximum(np.expm1(np.log1p(1e4 * p0) + change), 0)
     p1 = p1 / p1.sum() * p0.sum()
-    mu0 = [[(x[i, g] + 1) / (1 + 1 / (d * p)) for g, p in enumerate(p0)] for i, d in enumerate(library)]
-    return np.array(mu0), np.array(mu0) * p1 / p0
+    return np.array([[depth * p for p in p0] for depth in library]), np.array(
+        [[depth * p for p in p1] for depth in library]
+    )
 
 
-def test_mean_shift_scales_the_expected_rate_of_every_cell():
+def test_mean_shift_moves_the_mean_profile_at_the_library_of_every_cell():
     task = _task("A")
-    found = _means(baselines.mean_shift(Shifts(_known(("control", "c1"), ("A", "c1")), log_profile))(task))
+    prediction = baselines.mean_shift(Shifts(_known(("control", "c1"), ("A", "c1")), log_profile))(task)
+    assert isinstance(prediction, Prediction)
+    assert prediction.r == baselines.MEAN_PROFILE_R
+    found = _means(prediction)
     change = np.log1p(1e4 * _profile("A.c1")) - np.log1p(1e4 * _profile("control.c1"))
     for ours, wanted in zip(found, _profile_means(task, change), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-12)

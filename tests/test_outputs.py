@@ -33,6 +33,23 @@ def test_transported_counts_have_the_stated_mean():
     assert np.all(np.abs(moved.mean(axis=0) - wanted) <= 4.5 * error)
 
 
+def test_up_to_a_doubling_the_increase_follows_the_cells_own_rate():
+    x, r = np.array([0, 1, 9, 0, 7], dtype=np.float32), np.array([0.5, 0.5, 2.0, 1.0, 3.0])
+    mu0, mu1 = np.array([2.0, 2.0, 4.0, 1.0, 5.0]), np.array([3.0, 3.0, 12.0, 9.0, 5.0])
+    n = 40_000
+    tiled = sparse.csr_matrix(np.tile(x, (n, 1)))
+    moved = transport(tiled, np.tile(mu0, (n, 1)), np.tile(mu1, (n, 1)), _rng("own"), r).toarray()
+    rise = [1.0 * 0.5 / 2.5, 1.0 * 1.5 / 2.5, 4.0 * 11 / 6 + 4.0, 1.0 * 1 / 2 + 7.0, 0.0]
+    assert np.all(np.abs(moved.mean(axis=0) - x - rise) <= 4.5 * np.sqrt(np.array(rise) / n))
+
+
+def test_own_rates_leave_the_mean_over_cells_where_it_was():
+    n, mu0, mu1, r = 60_000, 1.5, 4.0, 0.7
+    counts = sample(np.full((n, 1), mu0), np.array([r]), _rng("cells"))
+    moved = transport(counts, np.full((n, 1), mu0), np.full((n, 1), mu1), _rng("own"), np.array([r])).toarray()
+    assert abs(moved.mean() - mu1) <= 4.5 * moved.std() / np.sqrt(n)
+
+
 def test_transported_counts_are_non_negative_integers_of_the_same_dtype_without_stored_zeros():
     counts = _counts(13, 17, 0.4)
     mu0, mu1 = _rng("a").gamma(1.0, 3.0, (2, 13, 17))
