@@ -32,20 +32,20 @@ _LOOPS = ("scan", "while")
 
 
 def to_backend(tree: Any, dtype: str | None = None, device: str | None = None) -> Any:
-    """Arrays of any kind as arrays of this framework, always copied.
+    """Arrays of any kind as arrays of this framework; those of NumPy are copied.
 
     Nothing is differentiated.
 
     Args:
         tree: an array, or a nested container of arrays.
-        dtype: "float32" or "float64" for the floating leaves; None keeps theirs. Integers become 32-bit.
-        device: "cpu", "gpu" or "tpu"; None for the default device.
+        dtype: "float32" or "float64" for the floating leaves; None keeps theirs. Integers become 32-bit in JAX.
+        device: of the framework, for example "cpu"; None for the default, or where the array already is.
 
     Returns:
         The same structure.
 
     Raises:
-        ValueError: an unknown dtype, a device that is not there, or an integer beyond 32 bits.
+        ValueError: an unknown dtype, or in JAX an integer beyond 32 bits.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {DTYPES} was wanted")
@@ -70,9 +70,9 @@ def _leaf_to_backend(leaf: Any, dtype: str | None, place: Any) -> jax.Array:
 
 
 def to_numpy(tree: Any) -> Any:
-    """Arrays of this framework as NumPy arrays that own their memory.
+    """Arrays of this framework as NumPy arrays.
 
-    Nothing is differentiated.
+    Nothing is differentiated. On the CPU, those of PyTorch share the tensors' memory.
 
     Args:
         tree: an array, or a nested container of arrays.
@@ -84,7 +84,7 @@ def to_numpy(tree: Any) -> Any:
 
 
 def synchronize(tree: Any) -> Any:
-    """Wait until the arrays are computed; for timing.
+    """Wait until the arrays are computed; timings need it.
 
     Args:
         tree: an array, or a nested container of arrays.
@@ -104,7 +104,7 @@ def value_and_grad(
 
     Args:
         function: (params, *args) -> () value.
-        params: by name.
+        params: floating arrays by name.
         args: further arguments, not differentiated.
 
     Returns:
@@ -149,7 +149,7 @@ def _reads_input(program: Jaxpr, inputs: list[bool]) -> list[bool]:
 
 
 def gradient_health(grads: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Health]:
-    """A verdict on every gradient.
+    """A verdict on every gradient, by `pf_core.health.judge`.
 
     Args:
         grads: {name: gradient or None}, as `value_and_grad` returns them.
@@ -202,8 +202,8 @@ class Backend:
 
     Args:
         dtype: "float32" or "float64".
-        device: "cpu", "gpu" ("cuda" is the same) or "tpu".
-        compile: here for the other twin; this one always compiles.
+        device: "cpu", "gpu" ("cuda" is the same), or "tpu", which only JAX knows.
+        compile: run the losses through torch.compile; JAX always compiles.
 
     Raises:
         ValueError: an unknown dtype, or a device that is not there.
@@ -243,7 +243,7 @@ class Backend:
         count: int = 0,
         carry: Mapping[str, np.ndarray] | None = None,
     ) -> steps.TrainState:
-        """The state of a run.
+        """The state of a run, on the device.
 
         Args:
             stage: "vae", "operator" or "joint".
@@ -276,7 +276,7 @@ class Backend:
             batches: leaves (n_steps, n_micro, ...).
             noises: the same.
             hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             state, and the metrics of every step as NumPy.
@@ -301,7 +301,7 @@ class Backend:
             state: from `init` or `run`.
             batch: without an axis of micro-batches.
             noise: the same.
-            config: the run.
+            config: the run's configuration.
             beta: weight of the KL divergence.
 
         Returns:
@@ -343,7 +343,7 @@ class Backend:
             params: canonical parameters.
             counts: (n_cells, n_genes).
             tissue: (n_cells,).
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             z_mu and z_logvar, each (n_cells, n_latent).
@@ -370,13 +370,13 @@ class Backend:
             z: (n_cells, n_latent).
             tissue: (n_cells,).
             library: (n_cells,) total counts.
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             (n_cells, n_genes).
 
         Raises:
-            ValueError: another number of latents than the model has, or an index beyond its table.
+            ValueError: an index beyond its table.
         """
         self._check_indices(params, {}, {"tissue": tissue})
         inputs = self._arrays((z, tissue, library))
@@ -399,13 +399,13 @@ class Backend:
             direction: (n_cells, n_latent).
             tissue: (n_cells,).
             library: (n_cells,) total counts.
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             (n_cells, n_genes).
 
         Raises:
-            ValueError: another number of latents than the model has, or an index beyond its table.
+            ValueError: an index beyond its table.
         """
         self._check_indices(params, {}, {"tissue": tissue})
         inputs = self._arrays((z, direction, tissue, library))
@@ -417,7 +417,7 @@ class Backend:
         Args:
             params: canonical parameters.
             tissue: (n_cells,).
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             (n_genes,), or (n_cells, n_genes) for "gene-tissue".
@@ -434,7 +434,7 @@ class Backend:
         Args:
             params: canonical parameters.
             conditions: perturbations, doses, tissue, batch, covariates, as for `ConditionEncoder`.
-            config: the run.
+            config: the run's configuration.
 
         Returns:
             theta, alpha, beta, A and b, each with a leading axis of conditions.
@@ -467,14 +467,14 @@ class Backend:
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; None for none.
-            config: the run.
+            carry: vectors of the power iteration; {} for none.
+            config: the run's configuration.
 
         Returns:
             loss, and {name: gradient, or None where no path leads from it to the loss}.
 
         Raises:
-            ValueError: an unknown stage or trainable name, or an index beyond its table.
+            ValueError: an unknown stage, or an index beyond its table.
         """
         state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
         value, grads = value_and_grad(jax.jit(loss), state.params)
@@ -493,6 +493,8 @@ class Backend:
     ) -> str:
         """The first thing on the way to the loss, or else the first gradient, that is not finite.
 
+        Intermediates come in the order in which they arise, then the loss as "loss", then gradients by sorted name.
+
         Args:
             stage: "vae", "operator" or "joint".
             params: all canonical parameters.
@@ -500,14 +502,15 @@ class Backend:
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; None for none.
-            config: the run.
+            carry: vectors of the power iteration; {} for none.
+            config: the run's configuration.
 
         Returns:
-            name of an intermediate (see `pf_jax.probe`) or of the parameter whose gradient it is; "" if all is finite.
+            name of an intermediate (see `record`) or "loss", or text that ends in the name of a parameter with such a
+            gradient; "" if all is finite.
 
         Raises:
-            ValueError: an unknown stage or trainable name, or an index beyond its table.
+            ValueError: an unknown stage, or an index beyond its table.
         """
         state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
         with recording() as found:

@@ -41,7 +41,8 @@ class ConditionEncoder(nnx.Module):
 
     Args:
         params: canonical parameters below "conditions.", with that prefix cut off: `perturbation.table`, or
-            `perturbation.map` with the fixed `features`; `tissue.table`; `theta.weight` and `theta.bias`.
+            `perturbation.map` with the fixed `features` (n_perturbations, n_features); `tissue.table`; `theta.weight`
+            and `theta.bias`.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -66,8 +67,8 @@ class ConditionEncoder(nnx.Module):
 
         Args:
             perturbations: (n_conditions, n_members) indices; 0 is "unknown".
-            doses: (n_conditions, n_members); a member with dose 0 is padding, and control has all doses 0.
-            tissue: (n_conditions,) index into the tissues.
+            doses: (n_conditions, n_members); dose 0 is padding, and control, all doses 0, is the zero vector.
+            tissue: (n_conditions,) index into the tissues; 0 is "unknown".
             batch: (n_conditions, n_batches) one-hot, or zeros for pooled cells.
             covariates: (n_conditions, n_covariates).
 

@@ -38,19 +38,21 @@ def energy_distance(
     method: Literal["tiled", "plain"] = "tiled",
     tile: int = TILE,
 ) -> jax.Array:
-    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two sets of cells.
+    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two weighted sets of cells.
 
-    Differentiated in x and y; weights are data. Coincident cells have distance 0 and gradient 0. The distance is 0,
-    with gradient 0, when the weights of a side are all 0.
+    Differentiated in x and y; weights are data. Coincident cells have distance 0 and gradient 0. All is 0 when
+    the weights of a side are. Tiled, value and gradient need the memory of n + m cells and one tile of pairs; second
+    derivatives exist, and in PyTorch they hold all pairs.
 
     Args:
         x: (n, n_latent).
         y: (m, n_latent).
         wx: (n,) weights >= 0, normalised here; None for equal weights.
         wy: (m,) the same for y.
-        estimator: "v" (pairs of a cell with itself count; never negative) or "u" (they do not; unbiased).
+        estimator: "v" (pairs of a cell with itself count; never negative) or "u" (they do not; unbiased). A side with
+            one cell of positive weight has no pairs, and its term of "u" is 0.
         power: 1 for distances, 2 for squared distances (from moments, without pairs).
-        smoothing: s of sqrt(d^2 + s), in units of x squared.
+        smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared, also between a cell and itself; power 2 cancels it.
         method: "tiled", or "plain" for whole matrices of distances.
         tile: rows and columns of a tile.
 
@@ -58,7 +60,7 @@ def energy_distance(
         () distance, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
     _check(x, y, 2, estimator, power, smoothing)
     if method not in ("tiled", "plain"):
@@ -80,22 +82,22 @@ def energy_distance_grouped(
 ) -> jax.Array:
     """Energy distance of every condition, on padded groups: one call, no pair across conditions.
 
-    Differentiated in x and y; weights are data. A group whose weights are all 0 gives 0 with gradient 0.
+    Differentiated in x and y; weights are data. A group with a side whose weights are all 0 gives 0 with gradient 0.
 
     Args:
-        x: (n_conditions, n, n_latent), padded.
-        y: (n_conditions, m, n_latent), padded.
+        x: (n_conditions, n, n_latent); padding must be finite.
+        y: (n_conditions, m, n_latent); padding must be finite.
         wx: (n_conditions, n) weights >= 0, 0 for padding; normalised here.
         wy: (n_conditions, m) the same for y.
         estimator: "v" or "u", as in `energy_distance`.
         power: 1 for distances, 2 for squared distances.
-        smoothing: s of sqrt(d^2 + s), in units of x squared.
+        smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared.
 
     Returns:
-        (n_conditions,) distances.
+        (n_conditions,) distances, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
     _check(x, y, 3, estimator, power, smoothing)
     return _energy(x, y, wx, wy, estimator, power, smoothing, TILE)
@@ -106,8 +108,9 @@ def sliced_energy_distance(
 ) -> jax.Array:
     """Energy distance by one-dimensional projections: |x| = c_d E_w |<w, x>| over unit vectors w.
 
-    Differentiated in x and y, exactly, from ranks; coincident projections contribute gradient 0. Each direction
-    costs O((n + m) log(n + m)).
+    c_d = sqrt(pi) Gamma((d + 1) / 2) / Gamma(d / 2), d = n_latent. Along one direction the sum of |a_i - b_j| is linear
+    between crossings, its slopes differences of ranks: differentiated in x and y exactly, coincident projections with
+    slope 0 and the second derivative 0. Each direction costs O((n + m) log(n + m)).
 
     Args:
         x: (n, n_latent).
@@ -116,10 +119,10 @@ def sliced_energy_distance(
         estimator: "v" or "u", as in `energy_distance`.
 
     Returns:
-        () distance, in units of x.
+        () distance, mean over directions, in units of x.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown estimator.
     """
     _check(x, y, 2, estimator, 1, 0.0)
     n_latent = x.shape[1]

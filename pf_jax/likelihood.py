@@ -45,10 +45,10 @@ _ATANH = tuple(1.0 / (2 * k + 3) for k in range(9))
 def strict_clip(x: jax.Array, low: float, high: float) -> jax.Array:
     """x within [low, high].
 
-    The gradient in x is 1 strictly inside and 0 outside and at the bounds. The bounds carry no gradient.
+    The gradient in x is 1 strictly inside and 0 outside and at the bounds, to any order. The bounds carry no gradient.
 
     Args:
-        x: (...) values.
+        x: (...) values; NaN stays NaN.
         low: lower bound.
         high: upper bound.
 
@@ -179,13 +179,13 @@ def _operands(x: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def lgamma_difference(x: jax.Array, r: jax.Array) -> jax.Array:
-    """lgamma(x + r) - lgamma(r), without the cancellation of the two.
+    """lgamma(x + r) - lgamma(r), without the cancellation of the two; exactly 0 where x is 0.
 
     Differentiated in r, with derivative `digamma_difference`; x is data and carries no gradient.
 
     Args:
         x: counts, integer-valued, >= 0; broadcasts with r.
-        r: inverse dispersion, > 0.
+        r: inverse dispersion, > 0, float32 or float64.
 
     Returns:
         Elementwise difference, dtype of r.
@@ -194,13 +194,13 @@ def lgamma_difference(x: jax.Array, r: jax.Array) -> jax.Array:
 
 
 def digamma_difference(x: jax.Array, r: jax.Array) -> jax.Array:
-    """digamma(x + r) - digamma(r), without the cancellation of the two.
+    """digamma(x + r) - digamma(r), without the cancellation of the two; exactly 0 where x is 0.
 
     Differentiated in r, with derivative the difference of trigammas; x is data and carries no gradient.
 
     Args:
         x: counts, integer-valued, >= 0; broadcasts with r.
-        r: inverse dispersion, > 0.
+        r: inverse dispersion, > 0, float32 or float64.
 
     Returns:
         Elementwise difference, dtype of r.
@@ -252,7 +252,7 @@ def _digamma_difference_jvp(primals, tangents):
 def nb_log_prob(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "stable") -> jax.Array:
     """Negative-binomial log probability of every cell, summed over genes.
 
-    Differentiated in mu and r; x is data and carries no gradient.
+    Differentiated in mu and r; x is data and carries no gradient. See `nb_log_prob_elements`.
 
     Args:
         x: (n_cells, n_genes) counts, integer-valued, >= 0.
@@ -261,10 +261,10 @@ def nb_log_prob(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "sta
         method: "stable", or "plain" for the textbook form with log-gammas.
 
     Returns:
-        (n_cells,) nats.
+        (n_cells,) nats per cell.
 
     Raises:
-        ValueError: an unknown method, or shapes that do not broadcast to (n_cells, n_genes).
+        ValueError: an unknown method, or shapes that do not fit.
     """
     return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
 
@@ -272,19 +272,21 @@ def nb_log_prob(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "sta
 def nb_log_prob_elements(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "stable") -> jax.Array:
     """Negative-binomial log probability of every cell and gene.
 
-    Differentiated in mu and r; x is data and carries no gradient.
+    Differentiated in mu and r, twice, by closed forms; x is data and carries no gradient. In float32 the error of the
+    value is below 1e-6 (1 + x + mu + |log p|), and that of the derivative in log r below 1e-6 (1 + x + mu), for r in
+    [1e-4, 1e4], mu in [1e-8, 1e5] and x in [0, 1e6].
 
     Args:
         x: (n_cells, n_genes) counts, integer-valued, >= 0.
         mu: (n_cells, n_genes) mean, > 0.
         r: (n_genes,) or (n_cells, n_genes) inverse dispersion, > 0; the variance is mu + mu^2 / r.
-        method: "stable", or "plain" for the textbook form with log-gammas.
+        method: "stable", or "plain" for the textbook form with log-gammas, which float32 loses at large r.
 
     Returns:
         (n_cells, n_genes) nats.
 
     Raises:
-        ValueError: an unknown method, or shapes that do not broadcast to (n_cells, n_genes).
+        ValueError: an unknown method, or shapes that do not fit.
     """
     if method not in ("stable", "plain"):
         raise ValueError(f"method is {method!r}; 'stable' or 'plain' was wanted")
@@ -403,16 +405,17 @@ def inverse_dispersion(log_r: jax.Array) -> jax.Array:
 
 
 def gaussian_kl(mu: jax.Array, logvar: jax.Array) -> jax.Array:
-    """KL divergence from N(mu, exp(logvar)) to N(0, 1), summed over latents, logvar clipped.
+    """KL divergence from N(mu, exp(logvar)) to N(0, 1), summed over latents.
 
-    Differentiated in both; the clip passes no gradient outside and at its bounds.
+    Differentiated in both. logvar is clipped to [LOGVAR_MIN, LOGVAR_MAX], which passes no gradient outside and at its
+    bounds.
 
     Args:
         mu: (n_cells, n_latent) posterior mean.
         logvar: (n_cells, n_latent) posterior log variance, unclipped.
 
     Returns:
-        (n_cells,) nats.
+        (n_cells,) nats per cell.
     """
     logvar = strict_clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
     return 0.5 * (mu * mu + (jnp.expm1(logvar) - logvar)).sum(-1)
@@ -421,7 +424,7 @@ def gaussian_kl(mu: jax.Array, logvar: jax.Array) -> jax.Array:
 def reparameterize(mu: jax.Array, logvar: jax.Array, eps: jax.Array) -> jax.Array:
     """A sample z = mu + exp(logvar / 2) eps of the posterior, logvar clipped as in `gaussian_kl`.
 
-    Differentiated in mu and logvar.
+    Differentiated in mu, logvar and eps.
 
     Args:
         mu: (n_cells, n_latent) posterior mean.
@@ -429,7 +432,7 @@ def reparameterize(mu: jax.Array, logvar: jax.Array, eps: jax.Array) -> jax.Arra
         eps: (n_cells, n_latent) standard normal draws of the caller.
 
     Returns:
-        (n_cells, n_latent).
+        (n_cells, n_latent) latents.
     """
     return mu + jnp.exp(0.5 * strict_clip(logvar, LOGVAR_MIN, LOGVAR_MAX)) * eps
 
@@ -446,7 +449,7 @@ def elbo_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative evidence lower bound: mean over cells of -log p plus beta times the mean KL divergence.
 
-    Differentiated in mu, r, z_mu and z_logvar; the parts carry no gradient.
+    Differentiated in mu, r, z_mu and z_logvar; x is data, and the parts carry no gradient.
 
     Args:
         x: (n_cells, n_genes) counts.
@@ -455,10 +458,13 @@ def elbo_loss(
         z_mu: (n_cells, n_latent) posterior mean.
         z_logvar: (n_cells, n_latent) posterior log variance, unclipped.
         beta: weight of the KL divergence.
-        weight: (n_cells,) >= 0, for weighted means; None for plain means.
+        weight: (n_cells,) >= 0, for weighted means sum(w f) / sum(w); None for plain means.
 
     Returns:
-        loss (), nats per cell, and parts {"nll", "kl"}.
+        loss (), nats per cell, and parts {"nll", "kl"}, its two means before beta.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     nll = _mean(-nb_log_prob(x, mu, r), weight)
     kl = _mean(gaussian_kl(z_mu, z_logvar), weight)

@@ -46,7 +46,7 @@ class OperatorFamily(nnx.Module):
     Args:
         params: canonical parameters below "operators.", with that prefix cut off: `A0` (n_tissues, n_latent,
             n_latent), `b0` (n_tissues, n_latent), `B` (n_bases, n_latent, n_latent), `u` (n_bases, n_latent), and
-            the networks `alpha` and `beta`.
+            the two-layer networks `alpha` and `beta`.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -88,7 +88,7 @@ class OperatorFamily(nnx.Module):
         return record("operators.A", A), record("operators.b", b)
 
     def __call__(self, z: jax.Array, theta: jax.Array, tissue: jax.Array) -> jax.Array:
-        """Images of cells that are grouped by condition.
+        """Images of cells that are grouped by condition: one matrix product per condition.
 
         Differentiated in the parameters, z and theta.
 
@@ -125,7 +125,7 @@ class OperatorFamily(nnx.Module):
 
 
 def apply_operator(A: jax.Array, b: jax.Array, z: jax.Array) -> jax.Array:
-    """A z + b for every cell z of a group, cells in rows.
+    """A z + b for every cell z of a group; cells are rows, so this is z A^T + b.
 
     Differentiated in all three.
 
@@ -146,7 +146,7 @@ def compose(operators: Sequence[Operator]) -> Operator:
     Differentiated in all of them.
 
     Args:
-        operators: (A, b) pairs, A (..., n_latent, n_latent) and b (..., n_latent).
+        operators: (A, b) pairs, A (..., n_latent, n_latent) and b (..., n_latent); at least one.
 
     Returns:
         (A, b).
@@ -165,7 +165,8 @@ def compose(operators: Sequence[Operator]) -> Operator:
 def commutator_norm(first: Operator, second: Operator) -> jax.Array:
     """Frobenius norm of K_a K_b - K_b K_a as an affine map: does the order of two perturbations matter?
 
-    Differentiated in both; the gradient is 0 where the operators commute exactly.
+    It is sqrt(|A_a A_b - A_b A_a|^2 + |A_a b_b + b_a - A_b b_a - b_b|^2). Differentiated in both; the gradient is 0
+    where the operators commute exactly.
 
     Args:
         first: (A, b), A (..., n_latent, n_latent) and b (..., n_latent).
@@ -205,7 +206,7 @@ def identity_penalty(A: jax.Array, weight: jax.Array | None = None) -> jax.Array
         weight: (n_conditions,) >= 0; None for a plain mean.
 
     Returns:
-        () penalty.
+        () penalty, sum(weight |A - I|_F^2) / sum(weight).
     """
     squared = ((A - jnp.eye(A.shape[-1], dtype=A.dtype)) ** 2).sum((-2, -1))
     return squared.mean() if weight is None else (weight * squared).sum() / weight.sum()

@@ -40,7 +40,7 @@ def record(name: str, value: Value) -> Value:
 
 @contextmanager
 def recording() -> Iterator[dict[str, object]]:
-    """Collect what `record` is given inside the block.
+    """Collect what `record` is given inside the `with` block, in order and without gradient.
 
     Returns:
         An ordered dict of name -> value, filled while the block runs.

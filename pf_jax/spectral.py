@@ -23,18 +23,18 @@ __all__ = [
 def power_iteration(A: jax.Array, v0: jax.Array, *, n_iter: int = POWER_ITERATIONS) -> jax.Array:
     """Leading right singular vector of A, by power iteration on A^T A.
 
-    Nothing is differentiated: the iteration is under stop-gradient.
+    Nothing is differentiated: the iteration v <- A^T A v, v <- v / (|v| + EPS_NORMALISE) is under stop-gradient.
 
     Args:
         A: (..., n_latent, n_latent).
         v0: (..., n_latent) non-zero start, drawn by the caller.
-        n_iter: fixed count, so that both frameworks do equal work.
+        n_iter: fixed count, so that both frameworks do equal work; 0 returns v0.
 
     Returns:
         (..., n_latent) unit vectors.
 
     Raises:
-        ValueError: A is not square, or v0 has another length.
+        ValueError: A is not square, or v0 has another shape.
     """
     _check_square(A, v0)
     A, v0 = jax.lax.stop_gradient((A, v0))
@@ -61,7 +61,7 @@ def spectral_norm(A: jax.Array, v0: jax.Array, *, n_iter: int = POWER_ITERATIONS
         (...) norm, same dtype as A.
 
     Raises:
-        ValueError: A is not square, or v0 has another length.
+        ValueError: A is not square, or v0 has another shape.
     """
     return _sigma(A, power_iteration(A, v0, n_iter=n_iter))
 
@@ -74,7 +74,7 @@ def spectral_penalty(
     n_iter: int = POWER_ITERATIONS,
     weight: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum over matrices of relu(spectral norm - rho_max)^2.
+    """Sum over matrices of weight * relu(spectral norm - rho_max)^2.
 
     Differentiated in A as `spectral_norm` is; the returned vectors carry no gradient.
 
@@ -89,7 +89,7 @@ def spectral_penalty(
         penalty (), and the vectors (..., n_latent) to start from next time.
 
     Raises:
-        ValueError: A is not square, or v0 has another length.
+        ValueError: A is not square, or v0 has another shape.
     """
     v = power_iteration(A, v0, n_iter=n_iter)
     penalty = jax.nn.relu(_sigma(A, v) - rho_max) ** 2
@@ -99,11 +99,12 @@ def spectral_penalty(
 def generator_penalty(A: jax.Array, *, dt: float = 1.0) -> jax.Array:
     """Sum over matrices of the squared positive eigenvalues of the symmetric part of (A - I) / dt.
 
-    Differentiated in A, also where eigenvalues coincide.
+    An operator without such eigenvalues moves no two states apart. Differentiated in A, also where eigenvalues
+    coincide; a second derivative in PyTorch needs them distinct.
 
     Args:
         A: (..., n_latent, n_latent).
-        dt: time that the operator stands for.
+        dt: time that the operator stands for, in the caller's unit.
 
     Returns:
         () penalty.
@@ -117,11 +118,13 @@ def generator_penalty(A: jax.Array, *, dt: float = 1.0) -> jax.Array:
 
 
 def operator_norm(A: jax.Array, *, kind: Literal["spectral", "frobenius"] = "spectral") -> jax.Array:
-    """Norm of A for monitoring. Nothing is differentiated.
+    """Exact norm of A, for monitoring.
+
+    Nothing is differentiated.
 
     Args:
         A: (..., n_latent, n_latent).
-        kind: "spectral" (largest singular value, exact) or "frobenius".
+        kind: "spectral" for the largest singular value, "frobenius" for the root of the sum of squares.
 
     Returns:
         (...) norm.
@@ -138,13 +141,18 @@ def operator_norm(A: jax.Array, *, kind: Literal["spectral", "frobenius"] = "spe
 
 
 def spectral_radius(A: jax.Array) -> jax.Array:
-    """Largest modulus of the eigenvalues of A, for monitoring. Nothing is differentiated.
+    """Largest modulus of the eigenvalues of A, for monitoring.
+
+    Nothing is differentiated. It is not a norm: a matrix of radius below 1 can still grow states for a while.
 
     Args:
         A: (..., n_latent, n_latent).
 
     Returns:
         (...) radius.
+
+    Raises:
+        ValueError: A is not square.
     """
     return jnp.abs(jnp.linalg.eigvals(jax.lax.stop_gradient(A))).max(-1)
 

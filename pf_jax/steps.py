@@ -46,8 +46,9 @@ Stage = Literal["vae", "operator", "joint"]
 class TrainState(NamedTuple):
     """Everything a step reads and writes, keyed by canonical names.
 
-    Fields: the trained parameters, the frozen ones, Adam's moments m and v (as params), the step count () int32, and
-    what the power iteration carries: {"v": (n_slots, n_latent)}, {"v_bases": (n_tissues + n_bases, n_latent)} or {}.
+    params are the trained parameters and frozen the others; m and v are Adam's moments, shaped as params, and count its
+    updates so far; carry holds the vectors of the power iteration: {"v": (n_slots, n_latent)},
+    {"v_bases": (n_tissues + n_bases, n_latent)} or {}.
     """
 
     params: Arrays
@@ -76,15 +77,15 @@ def init_state(
         m: first moments by name; None for zeros.
         v: second moments by name; None for zeros.
         count: updates done so far.
-        carry: vectors of the power iteration; None for none.
-        dtype: "float32" or "float64".
+        carry: vectors of the power iteration, see `operator_loss`; None for none.
+        dtype: "float32" or "float64", of every array.
 
     Returns:
         TrainState.
 
     Raises:
         ValueError: a trainable name that is not a parameter, moments of other names or shapes, or float64 in a
-            process where 64-bit numbers are off.
+            process where JAX has 64-bit numbers off.
     """
     if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
         raise ValueError(f"dtype is {dtype} but 64-bit numbers are off; use Backend(dtype='float64') or jax_enable_x64")
@@ -134,7 +135,8 @@ def adam_update(
 ) -> tuple[Arrays, Arrays, Arrays, jax.Array]:
     """One step of AdamW: Adam with bias correction, eps outside the root, and decoupled weight decay.
 
-    Not meant to be differentiated. Source: Kingma & Ba 2015; Loshchilov & Hutter 2019.
+    The corrections 1 - b^(count + 1) are exact to rounding. Not meant to be differentiated. Source: Kingma & Ba 2015,
+    arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
 
     Args:
         params: parameters by name.
@@ -143,7 +145,7 @@ def adam_update(
         v: second moments by name.
         count: () updates done so far.
         lr: learning rate.
-        weight_decay: decay per unit learning rate, on every parameter.
+        weight_decay: every parameter p also loses lr * weight_decay * p.
 
     Returns:
         params, m, v and count after the step.
@@ -172,10 +174,10 @@ def clip_by_global_norm(grads: Arrays, max_norm: float) -> tuple[Arrays, jax.Arr
 
     Args:
         grads: gradients by name.
-        max_norm: largest norm.
+        max_norm: largest Euclidean norm.
 
     Returns:
-        the scaled gradients, and the norm before () .
+        the scaled gradients, and the norm () before.
     """
     norm = jnp.sqrt(sum((grads[name] ** 2).sum() for name in sorted(grads)))
     scale = jnp.minimum(1.0, max_norm / (norm + CLIP_EPS))
@@ -188,15 +190,15 @@ def clip_by_global_norm(grads: Arrays, max_norm: float) -> tuple[Arrays, jax.Arr
 def vae_loss(
     params: Mapping[str, Any], batch: Arrays, noise: Arrays, *, config: Config, beta: float | jax.Array
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-    """Negative ELBO of the NB-VAE.
+    """Negative ELBO of the NB-VAE, the loss of stage "vae".
 
     Differentiated in the parameters below "vae."; the parts carry no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,).
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
         noise: eps (n_cells, n_latent).
-        config: the run.
+        config: the run's configuration.
         beta: weight of the KL divergence.
 
     Returns:
@@ -213,8 +215,8 @@ def operator_loss(
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
     """Energy distance between moved controls and perturbed cells, with the spectral and identity penalties.
 
-    Differentiated in the parameters below "conditions." and "operators.", and in x and y; the parts and the carry
-    carry no gradient.
+    Differentiated in the parameters below "conditions." and "operators.", and in x and y; the power iteration is under
+    stop-gradient, and parts and carry have no gradient.
 
     Args:
         params: all canonical parameters.
@@ -225,10 +227,10 @@ def operator_loss(
             (n_conditions,) 1 where a group's operator stands first in the batch, 0 where it stood before.
         noise: v0 (n_conditions, n_latent), the power iteration's start where nothing is carried.
         carry: {"v": (n_slots, n_latent)}, {"v_bases": (n_tissues + n_bases, n_latent)}, or {}.
-        config: the run.
+        config: the run's configuration.
 
     Returns:
-        loss () and (parts {"energy", "spectral", "shrinkage", "sigma_max"}, carry).
+        loss () and (parts {"energy", "spectral", "shrinkage", "sigma_max"}, carry), the parts before their weights.
     """
     A, b = _operators(params, batch)
     image = record("operators.image", apply_operator(A, b, batch["x"]))
@@ -246,7 +248,7 @@ def joint_loss(
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
     """The operator loss on live latents, the energy distance of decoded profiles, and the VAE's own loss.
 
-    Differentiated in all parameters; the parts and the carry carry no gradient.
+    Differentiated in all parameters, through encoder, operators and decoder; parts and carry have no gradient.
 
     Args:
         params: all canonical parameters.
@@ -255,11 +257,12 @@ def joint_loss(
             name prefixed "cells_".
         noise: eps (n_cells, n_latent) and v0 (n_conditions, n_latent).
         carry: as for `operator_loss`.
-        config: the run.
+        config: the run's configuration.
         beta: weight of the KL divergence.
 
     Returns:
-        loss () and (parts {"energy", "gene_energy", "spectral", "shrinkage", "sigma_max", "nll", "kl"}, carry).
+        loss () and (parts {"energy", "gene_energy", "spectral", "shrinkage", "sigma_max", "nll", "kl"}, carry), the
+        parts before their weights.
     """
     vae = NBVAE(config.vae, select(params, "vae"))
     x, y = (_grouped(vae.encode, batch[f"{side}_counts"], batch["tissue"])[0] for side in ("x", "y"))
@@ -327,7 +330,7 @@ def _grouped(function: Callable, x: jax.Array, tissue: jax.Array) -> Any:
 
 
 def stage_loss(stage: str, params, batch, noise, carry, beta, config: Config):
-    """loss, (parts, carry) of one micro-batch of a stage."""
+    """loss, (parts, carry) of one micro-batch of a stage; stage "vae" hands the carry through."""
     if stage == "vae":
         loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
         return loss, (parts, carry)
@@ -405,11 +408,12 @@ def vae_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *, 
     returned as it came and metrics["ok"] is False.
 
     Args:
-        state: the run.
-        batch: as for `vae_loss`, with a leading axis of micro-batches whose gradients and losses are averaged.
+        state: the run; it is not changed.
+        batch: as for `vae_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged.
         noise: the same.
         hyper: {"lr": (), "beta": ()}.
-        config: the run.
+        config: the run's configuration; `stage_vae` holds max_norm and weight_decay.
 
     Returns:
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
@@ -425,11 +429,12 @@ def operator_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays
     returned as it came and metrics["ok"] is False.
 
     Args:
-        state: the run.
-        batch: as for `operator_loss`, with a leading axis of micro-batches whose gradients and losses are averaged.
+        state: the run; it is not changed.
+        batch: as for `operator_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged.
         noise: the same.
         hyper: {"lr": (), "beta": ()}.
-        config: the run.
+        config: the run's configuration; `stage_operator` holds max_norm and weight_decay.
 
     Returns:
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
@@ -445,11 +450,12 @@ def joint_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *
     returned as it came and metrics["ok"] is False.
 
     Args:
-        state: the run.
-        batch: as for `joint_loss`, with a leading axis of micro-batches whose gradients and losses are averaged.
+        state: the run; it is not changed.
+        batch: as for `joint_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged.
         noise: the same.
         hyper: {"lr": (), "beta": ()}.
-        config: the run.
+        config: the run's configuration; `stage_joint` holds max_norm and weight_decay.
 
     Returns:
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
@@ -461,7 +467,7 @@ def joint_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *
 def run_steps(stage: Stage, state: TrainState, batches: Arrays, noises: Arrays, hypers: Arrays, *, config: Config):
     """Many steps of one stage in one call.
 
-    Not meant to be differentiated. The state that is passed in is used up: its memory holds the result.
+    Not meant to be differentiated. The state that is passed in is used up: in JAX its memory holds the result.
 
     Args:
         stage: "vae", "operator" or "joint".
@@ -469,7 +475,7 @@ def run_steps(stage: Stage, state: TrainState, batches: Arrays, noises: Arrays, 
         batches: as for the single step, with a leading axis of steps before that of the micro-batches.
         noises: the same.
         hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
-        config: the run.
+        config: the run's configuration.
 
     Returns:
         state, and the metrics of every step, stacked.
@@ -493,7 +499,7 @@ def evaluate(
         state: the run.
         batch: as for the stage's loss, without an axis of micro-batches.
         noise: the same.
-        config: the run.
+        config: the run's configuration.
         beta: weight of the KL divergence.
 
     Returns:
@@ -508,5 +514,6 @@ def evaluate(
 
 
 def check_stage(stage: str) -> None:
+    """Raise ValueError unless the stage is "vae", "operator" or "joint"."""
     if stage not in ("vae", "operator", "joint"):
         raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")

@@ -23,7 +23,8 @@ class Encoder(nnx.Module):
 
     Args:
         config: the VAE's settings; `input` decides whether log1p counts or counts enter.
-        params: `hidden`, `mean` and `logvar`, each with `weight` and `bias`.
+        params: `hidden` (n_genes, n_hidden), `mean` and `logvar` (n_hidden + n_tissues, n_latent), each with `weight`
+            and `bias`.
     """
 
     def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
@@ -64,8 +65,9 @@ class Decoder(nnx.Module):
     """Latents, tissue and library size to the mean count of every gene.
 
     Args:
-        config: the VAE's settings; `scale` and `dispersion` are used.
-        params: `hidden` and `mean` with `weight` and `bias`, and `log_r` (n_genes,) or (n_tissues, n_genes).
+        config: the VAE's settings; `scale` decides how the mean is formed.
+        params: `hidden` (n_latent + n_tissues, n_hidden) and `mean` (n_hidden, n_genes), each with `weight` and `bias`,
+            and `log_r` (n_genes,) or (n_tissues, n_genes).
     """
 
     def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
@@ -85,10 +87,7 @@ class Decoder(nnx.Module):
             library: (n_cells,) total counts; not used when `scale` is "softplus".
 
         Returns:
-            (n_cells, n_genes) mean counts, at least MU_FLOOR.
-
-        Raises:
-            ValueError: another number of latents than the model has.
+            (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
         """
         n_latent = self.config.n_latent
         if z.ndim != 2 or z.shape[1] != n_latent:
@@ -103,11 +102,12 @@ class Decoder(nnx.Module):
 
 
 class NBVAE(nnx.Module):
-    """The negative-binomial VAE.
+    """The negative-binomial VAE, tissue as a one-hot code (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2).
 
     Args:
         config: the VAE's settings.
-        params: canonical parameters below "vae.", with that prefix cut off.
+        params: canonical parameters below "vae.", with that prefix cut off. NumPy arrays become trainable parameters of
+            the module; in a functional step the gradients reach whoever made the arrays.
     """
 
     def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
@@ -143,10 +143,7 @@ class NBVAE(nnx.Module):
             library: (n_cells,) total counts; not used when `scale` is "softplus".
 
         Returns:
-            (n_cells, n_genes) mean counts, at least MU_FLOOR.
-
-        Raises:
-            ValueError: another number of latents than the model has.
+            (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
         """
         return self.decoder(z, tissue, library)
 
@@ -169,7 +166,7 @@ class NBVAE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Encode, sample, decode.
 
-        Differentiated in the parameters.
+        Differentiated in the parameters, x, library and eps.
 
         Args:
             x: (n_cells, n_genes) counts.

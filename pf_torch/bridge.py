@@ -41,15 +41,20 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def to_backend(tree: Any, dtype: str | None = None, device: str | torch.device | None = None) -> Any:
-    """Arrays to tensors, in nested dicts, lists and tuples.
+    """Arrays of any kind as arrays of this framework; those of NumPy are copied.
+
+    Nothing is differentiated.
 
     Args:
-        tree: NumPy arrays, numbers or tensors.
-        dtype: "float32" or "float64" for floating leaves; integers stay as they are. None changes nothing.
-        device: where to; None for the CPU, or for a tensor where it is.
+        tree: an array, or a nested container of arrays.
+        dtype: "float32" or "float64" for the floating leaves; None keeps theirs. Integers become 32-bit in JAX.
+        device: of the framework, for example "cpu"; None for the default, or where the array already is.
 
     Returns:
-        The same nesting with tensors, copied from the arrays.
+        The same structure.
+
+    Raises:
+        ValueError: an unknown dtype, or in JAX an integer beyond 32 bits.
     """
     kind = _dtype(dtype)
 
@@ -62,12 +67,28 @@ def to_backend(tree: Any, dtype: str | None = None, device: str | torch.device |
 
 
 def to_numpy(tree: Any) -> Any:
-    """Tensors to NumPy arrays, in nested dicts, lists and tuples; other leaves stay as they are."""
+    """Arrays of this framework as NumPy arrays.
+
+    Nothing is differentiated. On the CPU, those of PyTorch share the tensors' memory.
+
+    Args:
+        tree: an array, or a nested container of arrays.
+
+    Returns:
+        The same structure.
+    """
     return _map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def synchronize(tree: Any) -> Any:
-    """Wait until every tensor in the tree has been computed; returns the tree. Timings need it."""
+    """Wait until the arrays are computed; timings need it.
+
+    Args:
+        tree: an array, or a nested container of arrays.
+
+    Returns:
+        tree.
+    """
     for device in {leaf.device for leaf in _leaves(tree) if leaf.device.type == "cuda"}:
         torch.cuda.synchronize(device)
     return tree
@@ -84,14 +105,15 @@ def value_and_grad(
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """Value of function(params, *args) and its gradient in every parameter.
 
+    A gradient is None where no path leads from the parameter to the value, as distinct from a gradient that is zero.
+
     Args:
-        function: returns a scalar, or a tuple whose first element is one and whose rest is auxiliary.
-        params: floating tensors by name.
-        args: passed on.
+        function: (params, *args) -> () value.
+        params: floating arrays by name.
+        args: further arguments, not differentiated.
 
     Returns:
-        What the function returned, detached, and {name: gradient}: None where no path leads from the parameter to the
-        value, which is another thing than a gradient of zero.
+        value (), and {name: gradient or None}.
     """
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     output = function(leaves, *args)
@@ -105,7 +127,15 @@ def value_and_grad(
 
 
 def gradient_health(grads: Mapping[str, Tensor | None], params: Mapping[str, Tensor]) -> dict[str, Health]:
-    """A verdict on the gradient of every parameter, see pf_core.health.judge."""
+    """A verdict on every gradient, by `pf_core.health.judge`.
+
+    Args:
+        grads: {name: gradient or None}, as `value_and_grad` returns them.
+        params: parameters by name.
+
+    Returns:
+        {name: Health}, verdict "none", "zero", "tiny", "huge", "non-finite" or "ok".
+    """
     out = {}
     for name, grad in grads.items():
         if grad is None:
@@ -149,15 +179,15 @@ def _check_indices(params: Mapping[str, Any], arrays: Arrays, carry: Mapping[str
 
 
 class Backend:
-    """The PyTorch twin as pf_core sees it.
+    """What pf_core uses: NumPy in and out, a training state that only this class looks into.
 
     Args:
         dtype: "float32" or "float64".
-        device: "cpu", "gpu" ("cuda" is the same) or "cuda:0" and so on.
-        compile: run the losses through torch.compile.
+        device: "cpu", "gpu" ("cuda" is the same), or "tpu", which only JAX knows.
+        compile: run the losses through torch.compile; JAX always compiles.
 
     Raises:
-        ValueError: unknown dtype, or a device that is not there.
+        ValueError: an unknown dtype, or a device that is not there.
     """
 
     name = "torch"
@@ -174,7 +204,11 @@ class Backend:
         torch.set_float32_matmul_precision("highest")
 
     def describe(self) -> dict[str, str]:
-        """Versions, device, dtype and matmul precision."""
+        """Versions, device, dtype and matmul precision.
+
+        Returns:
+            {name: text}.
+        """
         cuda = self.device.type == "cuda"
         return {
             "backend": self.name,
@@ -200,7 +234,23 @@ class Backend:
         count: int = 0,
         carry: Arrays | None = None,
     ) -> TrainState:
-        """A training state on the device, see `init_state`."""
+        """The state of a run, on the device.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            m: first moments by name; None for zeros.
+            v: second moments by name; None for zeros.
+            count: updates done so far.
+            carry: vectors of the power iteration; None for none.
+
+        Returns:
+            An opaque state for `run`, `evaluate` and `export`.
+
+        Raises:
+            ValueError: an unknown stage or trainable name, or moments of other names or shapes.
+        """
         check_stage(stage)
         return init_state(
             params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype, device=self.device
@@ -209,7 +259,22 @@ class Backend:
     def run(
         self, stage: str, state: TrainState, batches: Arrays, noises: Arrays, hypers: Arrays, config: Config
     ) -> tuple[TrainState, dict[str, Any]]:
-        """Many steps, see `run_steps`; metrics as NumPy."""
+        """Many steps in one call. The state that is passed in is used up.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            state: from `init` or `run`.
+            batches: leaves (n_steps, n_micro, ...).
+            noises: the same.
+            hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
+            config: the run's configuration.
+
+        Returns:
+            state, and the metrics of every step as NumPy.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
         _check_indices({**state.params, **state.frozen}, batches, state.carry)
         data = [self._to(tree) for tree in (batches, noises, hypers)]
         state, metrics = run_steps(stage, state, *data, config=config, compile=self.compile)
@@ -218,13 +283,35 @@ class Backend:
     def evaluate(
         self, stage: str, state: TrainState, batch: Arrays, noise: Arrays, config: Config, beta: float
     ) -> dict[str, float]:
-        """Loss and parts of one batch; nothing is updated."""
+        """Loss of a stage and its parts, without an update.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            state: from `init` or `run`.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            config: the run's configuration.
+            beta: weight of the KL divergence.
+
+        Returns:
+            {name: number}.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
         _check_indices({**state.params, **state.frozen}, batch, state.carry)
         parts = evaluate(stage, state, self._to(batch), self._to(noise), config=config, beta=beta)
         return {name: float(value) for name, value in parts.items()}
 
     def export(self, state: TrainState) -> dict[str, Any]:
-        """{"params", "m", "v", "count", "carry"} as NumPy copies, canonical names; init(export) is bit-exact."""
+        """The state in canonical form; `init` takes it back bit by bit.
+
+        Args:
+            state: from `init` or `run`.
+
+        Returns:
+            {"params", "m", "v", "carry"} of NumPy arrays by name, the trained parameters only, and "count".
+        """
         trees = {"params": state.params, "m": state.m, "v": state.v, "carry": state.carry}
         copied = {key: {name: np.array(x) for name, x in to_numpy(tree).items()} for key, tree in trees.items()}
         return {**copied, "count": state.count}
@@ -232,7 +319,20 @@ class Backend:
     # --- the model ------------------------------------------------------------------------------------------------
 
     def encode(self, params: Arrays, counts: np.ndarray, tissue: np.ndarray, config: Config) -> tuple[Any, Any]:
-        """Posterior mean and log variance, (n_cells, n_latent) each."""
+        """Posterior mean and unclipped log variance.
+
+        Args:
+            params: canonical parameters.
+            counts: (n_cells, n_genes).
+            tissue: (n_cells,).
+            config: the run's configuration.
+
+        Returns:
+            z_mu and z_logvar, each (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has, or an index beyond its table.
+        """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
             return to_numpy(self._vae(params, config).encode(self._to(counts), self._to(tissue)))
@@ -240,19 +340,57 @@ class Backend:
     def decode(
         self, params: Arrays, z: np.ndarray, tissue: np.ndarray, library: np.ndarray, config: Config
     ) -> np.ndarray:
-        """Mean counts, (n_cells, n_genes)."""
+        """Mean counts.
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent).
+            tissue: (n_cells,).
+            library: (n_cells,) total counts.
+            config: the run's configuration.
+
+        Returns:
+            (n_cells, n_genes).
+
+        Raises:
+            ValueError: an index beyond its table.
+        """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
             return to_numpy(self._vae(params, config).decode(self._to(z), self._to(tissue), self._to(library)))
 
     def dispersion(self, params: Arrays, tissue: np.ndarray, config: Config) -> np.ndarray:
-        """Inverse dispersion, (n_genes,) or (n_cells, n_genes)."""
+        """Inverse dispersion of every gene.
+
+        Args:
+            params: canonical parameters.
+            tissue: (n_cells,).
+            config: the run's configuration.
+
+        Returns:
+            (n_genes,), or (n_cells, n_genes) for "gene-tissue".
+
+        Raises:
+            ValueError: an index beyond its table.
+        """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
             return to_numpy(self._vae(params, config).dispersion(self._to(tissue)))
 
     def operators(self, params: Arrays, conditions: Arrays, config: Config) -> dict[str, np.ndarray]:
-        """theta, alpha, beta, A and b of each condition."""
+        """The operators of conditions, and what they are made of.
+
+        Args:
+            params: canonical parameters.
+            conditions: perturbations, doses, tissue, batch, covariates, as for `ConditionEncoder`.
+            config: the run's configuration.
+
+        Returns:
+            theta, alpha, beta, A and b, each with a leading axis of conditions.
+
+        Raises:
+            ValueError: widths that do not fit, or an index beyond its table.
+        """
         _check_indices(params, conditions)
         weights, given = self._to(dict(params)), self._to(dict(conditions))
         with torch.no_grad():
@@ -273,7 +411,22 @@ class Backend:
         library: np.ndarray,
         config: Config,
     ) -> np.ndarray:
-        """Derivative of the decoded mean along a latent direction, (n_cells, n_genes)."""
+        """Derivative of the mean counts at z in a latent direction.
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent).
+            direction: (n_cells, n_latent).
+            tissue: (n_cells,).
+            library: (n_cells,) total counts.
+            config: the run's configuration.
+
+        Returns:
+            (n_cells, n_genes).
+
+        Raises:
+            ValueError: an index beyond its table.
+        """
         _check_indices(params, {"tissue": tissue})
         model, tissue_, library_ = self._vae(params, config), self._to(tissue), self._to(library)
         with torch.no_grad():
@@ -293,13 +446,30 @@ class Backend:
         carry: Arrays,
         config: Config,
     ) -> tuple[float, dict[str, np.ndarray | None]]:
-        """Loss and the gradient per trainable parameter; None where no path leads to it. No micro-batch axis."""
+        """Loss of one micro-batch and the gradient of every trained parameter.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            hyper: {"beta": number, ...}.
+            carry: vectors of the power iteration; {} for none.
+            config: the run's configuration.
+
+        Returns:
+            loss, and {name: gradient, or None where no path leads from it to the loss}.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
         _check_indices(params, batch, carry)
         weights = self._to(dict(params))
         trained = {name: weights[name] for name in sorted(trainable)}
         frozen = {name: value for name, value in weights.items() if name not in trained}
         given, noise_, carry_ = (self._to(dict(tree)) for tree in (batch, noise, carry))
-        loss = lambda leaves: stage_loss(stage, {**frozen, **leaves}, given, noise_, carry_, config, hyper["beta"])[0]
+        loss = lambda leaves: stage_loss(stage, {**frozen, **leaves}, given, noise_, carry_, hyper["beta"], config)[0]
         output, grads = value_and_grad(loss, trained)
         return float(output), to_numpy(grads)
 
@@ -314,10 +484,26 @@ class Backend:
         carry: Arrays,
         config: Config,
     ) -> str:
-        """The first intermediate value or gradient that is not finite, by name; "" where all are finite.
+        """The first thing on the way to the loss, or else the first gradient, that is not finite.
 
-        Looked at in this order: intermediate values as they arise, the loss as "loss", gradients as "gradient of NAME"
-        by sorted name. The batch has no micro-batch axis.
+        Intermediates come in the order in which they arise, then the loss as "loss", then gradients by sorted name.
+
+        Args:
+            stage: "vae", "operator" or "joint".
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            hyper: {"beta": number, ...}.
+            carry: vectors of the power iteration; {} for none.
+            config: the run's configuration.
+
+        Returns:
+            name of an intermediate (see `record`) or "loss", or text that ends in the name of a parameter with such a
+            gradient; "" if all is finite.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
         """
         with recording() as values:
             loss, grads = self.gradients(stage, params, trainable, batch, noise, hyper, carry, config)

@@ -35,14 +35,12 @@ class _Tissues(nn.Module):
 
 
 class ConditionEncoder(nn.Module):
-    """theta = W [perturbation, tissue, batch, covariates] + b.
+    """theta = W [emb(perturbations), emb(tissue), batch, covariates] + b.
 
     Args:
-        params: canonical parameters without the prefix `conditions.`: perturbation.table, or perturbation.map with the
-            frozen features (n_perturbations, n_features); tissue.table; theta.weight and theta.bias.
-
-    Raises:
-        ValueError: neither a table, nor a map with features.
+        params: canonical parameters below "conditions.", with that prefix cut off: `perturbation.table`, or
+            `perturbation.map` with the fixed `features` (n_perturbations, n_features); `tissue.table`; `theta.weight`
+            and `theta.bias`.
     """
 
     features: Tensor | None
@@ -62,20 +60,22 @@ class ConditionEncoder(nn.Module):
     def forward(
         self, perturbations: Tensor, doses: Tensor, tissue: Tensor, batch: Tensor, covariates: Tensor
     ) -> Tensor:
-        """Condition vectors. Differentiable in the parameters, doses and covariates.
+        """The vector of every condition; a combination is the sum of its members' embeddings times their doses.
+
+        Differentiated in the parameters, doses, batch and covariates.
 
         Args:
-            perturbations: (P, M) integers, 0 for unknown.
-            doses: (P, M); a member of dose 0 is padding, so that control, all doses 0, is the zero vector.
-            tissue: (P,) integers, 0 for unknown.
-            batch: (P, n_batches) one-hot, all zeros for pooled batches.
-            covariates: (P, n_covariates).
+            perturbations: (n_conditions, n_members) indices; 0 is "unknown".
+            doses: (n_conditions, n_members); dose 0 is padding, and control, all doses 0, is the zero vector.
+            tissue: (n_conditions,) index into the tissues; 0 is "unknown".
+            batch: (n_conditions, n_batches) one-hot, or zeros for pooled cells.
+            covariates: (n_conditions, n_covariates).
 
         Returns:
-            (P, n_theta).
+            theta (n_conditions, n_theta).
 
         Raises:
-            ValueError: the widths do not add up to what theta.weight expects.
+            ValueError: widths that do not add up to the rows of theta.weight.
         """
         table = self.perturbation.table
         if table is None:

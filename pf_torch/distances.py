@@ -290,25 +290,29 @@ def energy_distance(
     method: str = "tiled",
     tile: int = TILE,
 ) -> Tensor:
-    """Energy distance between two weighted sets of cells.
+    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two weighted sets of cells.
 
-    Differentiable in x and y; weights are data. The distance of coincident cells is 0 with gradient 0. First
-    derivatives of the tiled form need O((n + m) d + tile^2) memory; second derivatives go through all pairs.
+    Differentiated in x and y; weights are data. Coincident cells have distance 0 and gradient 0. All is 0 when
+    the weights of a side are. Tiled, value and gradient need the memory of n + m cells and one tile of pairs; second
+    derivatives exist, and in PyTorch they hold all pairs.
 
     Args:
-        x, y: (n, d) and (m, d).
-        wx, wy: (n,) and (m,) non-negative weights, normalised inside; None for equal ones.
-        estimator: "v" (all pairs, never negative) or "u" (unbiased, without the pairs of a cell with itself).
-        power: 1 for Euclidean distances, 2 for squared ones, which need no pairs.
-        smoothing: added to every squared distance under the root, that of a cell to itself included.
-        method: "tiled", or "plain" for the full matrix of pairs.
+        x: (n, n_latent).
+        y: (m, n_latent).
+        wx: (n,) weights >= 0, normalised here; None for equal weights.
+        wy: (m,) the same for y.
+        estimator: "v" (pairs of a cell with itself count; never negative) or "u" (they do not; unbiased). A side with
+            one cell of positive weight has no pairs, and its term of "u" is 0.
+        power: 1 for distances, 2 for squared distances (from moments, without pairs).
+        smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared, also between a cell and itself; power 2 cancels it.
+        method: "tiled", or "plain" for whole matrices of distances.
         tile: rows and columns of a tile.
 
     Returns:
-        scalar, in units of x.
+        () distance, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, too few cells, or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
     _check(x, y, wx, wy, estimator, power, 2)
     if method not in ("tiled", "plain"):
@@ -327,23 +331,24 @@ def energy_distance_grouped(
     power: int = 1,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """One energy distance per condition, over groups padded to one size.
+    """Energy distance of every condition, on padded groups: one call, no pair across conditions.
 
-    Differentiable in x and y; weights are data. A group whose weights are all 0, on either side, has distance 0 and
-    gradient 0 exactly. Padding must be finite.
+    Differentiated in x and y; weights are data. A group with a side whose weights are all 0 gives 0 with gradient 0.
 
     Args:
-        x, y: (P, n, d) and (P, m, d).
-        wx, wy: (P, n) and (P, m) non-negative weights, normalised inside; 0 for padding.
-        estimator: "v" or "u", see `energy_distance`; a single cell has no pairs, and its "u" term is 0.
-        power: 1 for Euclidean distances, 2 for squared ones.
-        smoothing: added to every squared distance under the root.
+        x: (n_conditions, n, n_latent); padding must be finite.
+        y: (n_conditions, m, n_latent); padding must be finite.
+        wx: (n_conditions, n) weights >= 0, 0 for padding; normalised here.
+        wy: (n_conditions, m) the same for y.
+        estimator: "v" or "u", as in `energy_distance`.
+        power: 1 for distances, 2 for squared distances.
+        smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared.
 
     Returns:
-        (P,), in units of x.
+        (n_conditions,) distances, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
     _check(x, y, wx, wy, estimator, power, 3)
     return _energy(x, y, wx, wy, estimator, power, smoothing, "tiled", TILE)
@@ -357,23 +362,23 @@ def _sign_sums(points: Tensor, others: Tensor) -> Tensor:
 
 
 def sliced_energy_distance(x: Tensor, y: Tensor, directions: Tensor, *, estimator: str = "v") -> Tensor:
-    """Energy distance from one-dimensional projections, O(n log n).
+    """Energy distance by one-dimensional projections: |x| = c_d E_w |<w, x>| over unit vectors w.
 
-    |x| = c_d E|<w, x>| over unit vectors w, c_d = sqrt(pi) Gamma((d+1)/2) / Gamma(d/2), so that the mean over
-    directions, times c_d, estimates the energy distance. Along one direction sum |a_i - b_j| is linear in the values
-    between their crossings, with slopes that are differences of ranks: exact value and gradient, ties having slope 0.
-    Differentiable in x and y once (the second derivative is 0 almost everywhere, and 0 is what it returns).
+    c_d = sqrt(pi) Gamma((d + 1) / 2) / Gamma(d / 2), d = n_latent. Along one direction the sum of |a_i - b_j| is linear
+    between crossings, its slopes differences of ranks: differentiated in x and y exactly, coincident projections with
+    slope 0 and the second derivative 0. Each direction costs O((n + m) log(n + m)).
 
     Args:
-        x, y: (n, d) and (m, d).
-        directions: (n_directions, d) unit rows, drawn by the caller.
-        estimator: "v" or "u".
+        x: (n, n_latent).
+        y: (m, n_latent).
+        directions: (n_directions, n_latent) unit rows, drawn by the caller.
+        estimator: "v" or "u", as in `energy_distance`.
 
     Returns:
-        scalar, in units of x.
+        () distance, mean over directions, in units of x.
 
     Raises:
-        ValueError: shapes that do not fit, too few cells, or an unknown estimator.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown estimator.
     """
     _check(x, y, None, None, estimator, 1, 2)
     d, n, m = x.shape[1], x.shape[0], y.shape[0]

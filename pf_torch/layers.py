@@ -44,7 +44,11 @@ def softplus(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """x @ weight + bias, with weight (in, out)."""
+    """A dense layer `x @ weight + bias`, weight (in, out).
+
+    Args:
+        params: `weight` (n_in, n_out) and `bias` (n_out,).
+    """
 
     weight: Tensor
     bias: Tensor

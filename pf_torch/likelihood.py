@@ -52,23 +52,33 @@ def _shift(dtype: torch.dtype) -> int:
 
 
 def strict_clip(x: Tensor, low: float, high: float) -> Tensor:
-    """Clip whose gradient is 1 strictly inside the bounds and 0 outside and at them.
+    """x within [low, high].
 
-    Differentiable in x to any order, forward and backward.
+    The gradient in x is 1 strictly inside and 0 outside and at the bounds, to any order. The bounds carry no gradient.
 
     Args:
-        x: any shape.
-        low, high: bounds.
+        x: (...) values; NaN stays NaN.
+        low: lower bound.
+        high: upper bound.
 
     Returns:
-        Same shape; NaN stays NaN.
+        (...) same dtype as x.
     """
     inside = (x > low) & (x < high)
     return torch.where(inside, x, x.detach().clamp(low, high))
 
 
 def inverse_dispersion(log_r: Tensor) -> Tensor:
-    """r = exp(clip(log_r)) in [R_MIN, R_MAX], no gradient at the bounds and beyond. Differentiable in log_r."""
+    """r = exp(clip(log_r, ln R_MIN, ln R_MAX)).
+
+    Differentiated in log_r: r strictly inside the bounds, 0 outside and at them.
+
+    Args:
+        log_r: (...) unbounded.
+
+    Returns:
+        (...) inverse dispersion within [R_MIN, R_MAX].
+    """
     return torch.exp(strict_clip(log_r, math.log(R_MIN), math.log(R_MAX)))
 
 
@@ -97,16 +107,16 @@ def _lgamma_difference(x: Tensor, r: Tensor) -> Tensor:
 
 
 def digamma_difference(x: Tensor, r: Tensor) -> Tensor:
-    """psi(x+r) - psi(r) as a sum of positive terms, to a few ulp.
+    """digamma(x + r) - digamma(r), without the cancellation of the two; exactly 0 where x is 0.
 
-    Differentiable in r (the trigamma difference) to any order; x is data and gets no gradient.
+    Differentiated in r, with derivative the difference of trigammas; x is data and carries no gradient.
 
     Args:
-        x: counts >= 0, broadcast against r.
-        r: inverse dispersion > 0.
+        x: counts, integer-valued, >= 0; broadcasts with r.
+        r: inverse dispersion, > 0, float32 or float64.
 
     Returns:
-        Broadcast shape of x and r, dtype of r.
+        Elementwise difference, dtype of r.
     """
     x = x.detach().to(r.dtype)
     n = _shift(r.dtype)
@@ -151,20 +161,16 @@ class _LgammaDifference(torch.autograd.Function):
 
 
 def lgamma_difference(x: Tensor, r: Tensor) -> Tensor:
-    """lgamma(x+r) - lgamma(r), stable in float32; exactly 0 where x = 0.
+    """lgamma(x + r) - lgamma(r), without the cancellation of the two; exactly 0 where x is 0.
 
-    Differentiable in r: the derivative is `digamma_difference`, the second the trigamma difference. x is data and gets
-    no gradient.
+    Differentiated in r, with derivative `digamma_difference`; x is data and carries no gradient.
 
     Args:
-        x: counts >= 0, broadcast against r.
-        r: inverse dispersion > 0.
+        x: counts, integer-valued, >= 0; broadcasts with r.
+        r: inverse dispersion, > 0, float32 or float64.
 
     Returns:
-        Broadcast shape of x and r, dtype of r.
-
-    Raises:
-        ValueError: r is neither float32 nor float64.
+        Elementwise difference, dtype of r.
     """
     _shift(r.dtype)
     x, r = torch.broadcast_tensors(x.detach().to(r.dtype), r)
@@ -269,23 +275,23 @@ def _plain(x: Tensor, mu: Tensor, r: Tensor) -> Tensor:
 
 
 def nb_log_prob_elements(x: Tensor, mu: Tensor, r: Tensor, *, method: str = "stable") -> Tensor:
-    """Log probability of counts under the negative binomial with variance mu + mu^2/r, gene by gene.
+    """Negative-binomial log probability of every cell and gene.
 
-    Differentiable in mu and r (closed forms, twice differentiable, forward and backward); x is data and gets no
-    gradient. In float32 the error of the value is below 1e-6 (1 + x + mu + |log p|), and that of the derivative in
-    log r below 1e-6 (1 + x + mu), for r in [1e-4, 1e4], mu in [1e-8, 1e5], x in [0, 1e6].
+    Differentiated in mu and r, twice, by closed forms; x is data and carries no gradient. In float32 the error of the
+    value is below 1e-6 (1 + x + mu + |log p|), and that of the derivative in log r below 1e-6 (1 + x + mu), for r in
+    [1e-4, 1e4], mu in [1e-8, 1e5] and x in [0, 1e6].
 
     Args:
-        x: (C, G) counts >= 0.
-        mu: (C, G) mean > 0, counts.
-        r: inverse dispersion > 0, broadcast against x: (G,) or (C, G).
-        method: "stable", or "plain" for the textbook form with lgamma.
+        x: (n_cells, n_genes) counts, integer-valued, >= 0.
+        mu: (n_cells, n_genes) mean, > 0.
+        r: (n_genes,) or (n_cells, n_genes) inverse dispersion, > 0; the variance is mu + mu^2 / r.
+        method: "stable", or "plain" for the textbook form with log-gammas, which float32 loses at large r.
 
     Returns:
-        (C, G) nats.
+        (n_cells, n_genes) nats.
 
     Raises:
-        ValueError: unknown method, or shapes that do not fit.
+        ValueError: an unknown method, or shapes that do not fit.
     """
     if method not in ("stable", "plain"):
         raise ValueError(f"method is {method!r}; 'stable' or 'plain' was wanted")
@@ -302,51 +308,54 @@ def nb_log_prob_elements(x: Tensor, mu: Tensor, r: Tensor, *, method: str = "sta
 
 
 def nb_log_prob(x: Tensor, mu: Tensor, r: Tensor, *, method: str = "stable") -> Tensor:
-    """Log probability of each cell's counts under the negative binomial, summed over genes.
+    """Negative-binomial log probability of every cell, summed over genes.
 
-    Differentiable in mu and r; x is data and gets no gradient. See `nb_log_prob_elements`.
+    Differentiated in mu and r; x is data and carries no gradient. See `nb_log_prob_elements`.
 
     Args:
-        x: (C, G) counts >= 0.
-        mu: (C, G) mean > 0, counts.
-        r: (G,) or (C, G) inverse dispersion > 0.
-        method: "stable", or "plain" for the textbook form with lgamma.
+        x: (n_cells, n_genes) counts, integer-valued, >= 0.
+        mu: (n_cells, n_genes) mean, > 0.
+        r: (n_genes,) or (n_cells, n_genes) inverse dispersion, > 0; the variance is mu + mu^2 / r.
+        method: "stable", or "plain" for the textbook form with log-gammas.
 
     Returns:
-        (C,) nats per cell.
+        (n_cells,) nats per cell.
 
     Raises:
-        ValueError: unknown method, or shapes that do not fit.
+        ValueError: an unknown method, or shapes that do not fit.
     """
     return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
-    """KL divergence of N(mu, exp(logvar)) from the standard normal, summed over dimensions.
+    """KL divergence from N(mu, exp(logvar)) to N(0, 1), summed over latents.
 
-    Differentiable in mu and logvar; logvar is clipped to [LOGVAR_MIN, LOGVAR_MAX], without gradient at the bounds and
-    beyond.
+    Differentiated in both. logvar is clipped to [LOGVAR_MIN, LOGVAR_MAX], which passes no gradient outside and at its
+    bounds.
 
     Args:
-        mu: (C, d).
-        logvar: (C, d), unclipped.
+        mu: (n_cells, n_latent) posterior mean.
+        logvar: (n_cells, n_latent) posterior log variance, unclipped.
 
     Returns:
-        (C,) nats per cell.
+        (n_cells,) nats per cell.
     """
     lv = strict_clip(logvar, LOGVAR_MIN, LOGVAR_MAX)
     return 0.5 * (mu * mu + (torch.expm1(lv) - lv)).sum(-1)
 
 
 def reparameterize(mu: Tensor, logvar: Tensor, eps: Tensor) -> Tensor:
-    """z = mu + exp(lv/2) eps, with the clipped log variance of `gaussian_kl`. Differentiable in mu and logvar.
+    """A sample z = mu + exp(logvar / 2) eps of the posterior, logvar clipped as in `gaussian_kl`.
+
+    Differentiated in mu, logvar and eps.
 
     Args:
-        mu, logvar: (C, d).
-        eps: (C, d) standard normal, drawn by the caller.
+        mu: (n_cells, n_latent) posterior mean.
+        logvar: (n_cells, n_latent) posterior log variance, unclipped.
+        eps: (n_cells, n_latent) standard normal draws of the caller.
 
     Returns:
-        (C, d) sample.
+        (n_cells, n_latent) latents.
     """
     return mu + torch.exp(0.5 * strict_clip(logvar, LOGVAR_MIN, LOGVAR_MAX)) * eps
 
@@ -361,20 +370,24 @@ def elbo_loss(
     beta: float | Tensor = 1.0,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative evidence lower bound: mean over cells of -log p(x) + beta KL.
+    """Negative evidence lower bound: mean over cells of -log p plus beta times the mean KL divergence.
 
-    Differentiable in mu, r, z_mu and z_logvar; x and weight are data. The parts carry no gradient.
+    Differentiated in mu, r, z_mu and z_logvar; x is data, and the parts carry no gradient.
 
     Args:
-        x: (C, G) counts.
-        mu: (C, G) mean.
-        r: (G,) or (C, G) inverse dispersion.
-        z_mu, z_logvar: (C, d) posterior; logvar unclipped.
-        beta: weight of the KL term.
-        weight: (C,) non-negative weights of the cells; None for equal ones.
+        x: (n_cells, n_genes) counts.
+        mu: (n_cells, n_genes) mean.
+        r: (n_genes,) or (n_cells, n_genes) inverse dispersion.
+        z_mu: (n_cells, n_latent) posterior mean.
+        z_logvar: (n_cells, n_latent) posterior log variance, unclipped.
+        beta: weight of the KL divergence.
+        weight: (n_cells,) >= 0, for weighted means sum(w f) / sum(w); None for plain means.
 
     Returns:
-        loss, nats per cell, and {"nll", "kl"}, its two means before beta.
+        loss (), nats per cell, and parts {"nll", "kl"}, its two means before beta.
+
+    Raises:
+        ValueError: shapes that do not fit.
     """
     nll, kl = -nb_log_prob(x, mu, r), gaussian_kl(z_mu, z_logvar)
     if weight is None:

@@ -18,11 +18,12 @@ __all__ = ["OperatorFamily", "apply_operator", "commutator_norm", "compose", "id
 
 
 class OperatorFamily(nn.Module):
-    """K_theta(z) = A z + b, A = A0[tissue] + sum_k alpha_k(theta) B_k, b = b0[tissue] + sum_k beta_k(theta) u_k.
+    """K_theta(z) = A z + b with A = A0[tissue] + sum_k alpha_k(theta) B_k and b = b0[tissue] + sum_k beta_k(theta) u_k.
 
     Args:
-        params: canonical parameters without the prefix `operators.`: A0 (n_tissues, d, d), b0 (n_tissues, d),
-            B (K, d, d), u (K, d), and the two-layer networks alpha and beta.
+        params: canonical parameters below "operators.", with that prefix cut off: `A0` (n_tissues, n_latent,
+            n_latent), `b0` (n_tissues, n_latent), `B` (n_bases, n_latent, n_latent), `u` (n_bases, n_latent), and
+            the two-layer networks `alpha` and `beta`.
     """
 
     A0: Tensor
@@ -38,18 +39,29 @@ class OperatorFamily(nn.Module):
         self.beta = MLP(select(params, "beta"))
 
     def coefficients(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and beta, (P, K) each, of condition vectors (P, n_theta)."""
+        """The weights of the bases.
+
+        Differentiated in the parameters and theta.
+
+        Args:
+            theta: (n_conditions, n_theta).
+
+        Returns:
+            alpha and beta, each (n_conditions, n_bases).
+        """
         return record("operators.alpha", self.alpha(theta)), record("operators.beta", self.beta(theta))
 
     def operator(self, theta: Tensor, tissue: Tensor) -> tuple[Tensor, Tensor]:
-        """The operators of P conditions. Differentiable in the parameters and theta.
+        """The operator of every condition.
+
+        Differentiated in the parameters and theta.
 
         Args:
-            theta: (P, n_theta).
-            tissue: (P,) integers.
+            theta: (n_conditions, n_theta).
+            tissue: (n_conditions,) index into the tissues.
 
         Returns:
-            A (P, d, d) and b (P, d).
+            A (n_conditions, n_latent, n_latent) and b (n_conditions, n_latent).
         """
         alpha, beta = self.coefficients(theta)
         A = self.A0[tissue] + torch.einsum("pk,kij->pij", alpha, self.B)
@@ -57,31 +69,33 @@ class OperatorFamily(nn.Module):
         return record("operators.A", A), record("operators.b", b)
 
     def forward(self, z: Tensor, theta: Tensor, tissue: Tensor) -> Tensor:
-        """Images of grouped cells: one matrix product per condition. Differentiable in everything but tissue.
+        """Images of cells that are grouped by condition: one matrix product per condition.
+
+        Differentiated in the parameters, z and theta.
 
         Args:
-            z: (P, n, d), the cells of P conditions.
-            theta: (P, n_theta).
-            tissue: (P,) integers.
+            z: (n_conditions, n_cells, n_latent).
+            theta: (n_conditions, n_theta).
+            tissue: (n_conditions,) index into the tissues.
 
         Returns:
-            (P, n, d).
+            (n_conditions, n_cells, n_latent).
         """
         A, b = self.operator(theta, tissue)
         return record("operators.image", apply_operator(A, b, z))
 
     def per_cell(self, z: Tensor, theta: Tensor, tissue: Tensor) -> Tensor:
-        """Images of cells that each have a condition of their own, without building A for each.
+        """Images of ungrouped cells, each with its own theta, without building a matrix per cell.
 
-        Differentiable in everything but tissue.
+        Differentiated in the parameters, z and theta.
 
         Args:
-            z: (C, d).
-            theta: (C, n_theta).
-            tissue: (C,) integers.
+            z: (n_cells, n_latent).
+            theta: (n_cells, n_theta).
+            tissue: (n_cells,) index into the tissues.
 
         Returns:
-            (C, d).
+            (n_cells, n_latent).
         """
         alpha, beta = self.coefficients(theta)
         base = torch.einsum("cd,ted->cte", z, self.A0)[torch.arange(z.shape[0], device=z.device), tissue]
@@ -90,30 +104,34 @@ class OperatorFamily(nn.Module):
 
 
 def apply_operator(A: Tensor, b: Tensor, z: Tensor) -> Tensor:
-    """z A^T + b. Differentiable in all three.
+    """A z + b for every cell z of a group; cells are rows, so this is z A^T + b.
+
+    Differentiated in all three.
 
     Args:
-        A: (..., d, d).
-        b: (..., d).
-        z: (..., n, d).
+        A: (..., n_latent, n_latent).
+        b: (..., n_latent).
+        z: (..., n_cells, n_latent).
 
     Returns:
-        (..., n, d).
+        (..., n_cells, n_latent).
     """
     return torch.matmul(z, A.mT) + b[..., None, :]
 
 
 def compose(operators: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The affine map that applies several operators, first to last. Differentiable in all of them.
+    """One operator that applies the given ones, first to last.
+
+    Differentiated in all of them.
 
     Args:
-        operators: pairs of A (..., d, d) and b (..., d), at least one.
+        operators: (A, b) pairs, A (..., n_latent, n_latent) and b (..., n_latent); at least one.
 
     Returns:
-        A (..., d, d) and b (..., d).
+        (A, b).
 
     Raises:
-        ValueError: no operator was given.
+        ValueError: no operator.
     """
     if not operators:
         raise ValueError("compose got no operators; at least one was wanted")
@@ -125,13 +143,14 @@ def compose(operators: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def commutator_norm(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """Frobenius norm of K_a K_b - K_b K_a as affine maps: how far the order of two perturbations matters.
+    """Frobenius norm of K_a K_b - K_b K_a as an affine map: does the order of two perturbations matter?
 
-    sqrt(|A_a A_b - A_b A_a|^2 + |A_a b_b + b_a - A_b b_a - b_b|^2). Differentiable, with gradient 0 where the
-    operators commute exactly.
+    It is sqrt(|A_a A_b - A_b A_a|^2 + |A_a b_b + b_a - A_b b_a - b_b|^2). Differentiated in both; the gradient is 0
+    where the operators commute exactly.
 
     Args:
-        first, second: pairs of A (..., d, d) and b (..., d).
+        first: (A, b), A (..., n_latent, n_latent) and b (..., n_latent).
+        second: the same.
 
     Returns:
         (...) norm.
@@ -145,19 +164,31 @@ def commutator_norm(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor])
 
 
 def response_profile(family: OperatorFamily, theta: Tensor) -> Tensor:
-    """What a condition does, as coordinates: alpha and beta side by side, (P, 2K). Differentiable in theta."""
+    """The coefficients of a condition side by side, a short description of its response.
+
+    Differentiated in the parameters and theta.
+
+    Args:
+        family: the operators.
+        theta: (n_conditions, n_theta).
+
+    Returns:
+        (n_conditions, 2 n_bases), alpha before beta.
+    """
     return torch.cat(family.coefficients(theta), dim=-1)
 
 
 def identity_penalty(A: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean over conditions of |A - I|_F^2. Differentiable in A; weight is data.
+    """Weighted mean over conditions of |A - I|_F^2.
+
+    Differentiated in A.
 
     Args:
-        A: (P, d, d).
-        weight: (P,) non-negative; None for equal ones.
+        A: (n_conditions, n_latent, n_latent).
+        weight: (n_conditions,) >= 0; None for a plain mean.
 
     Returns:
-        scalar, sum(weight |A - I|^2) / sum(weight).
+        () penalty, sum(weight |A - I|_F^2) / sum(weight).
     """
     squared = ((A - torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)) ** 2).sum((-2, -1))
     return squared.mean() if weight is None else (weight * squared).sum() / weight.sum()

@@ -14,9 +14,16 @@ _active: ContextVar[dict[str, Tensor] | None] = ContextVar("pf_torch_recording",
 
 
 def record(name: str, value: Tensor) -> Tensor:
-    """Note an intermediate value under a name, when a recording is active; returns the value unchanged.
+    """Note an intermediate under a name, if a recording is active.
 
     A name met again in one recording gets a running number: `vae.decoder.mean`, `vae.decoder.mean.2`.
+
+    Args:
+        name: dotted name, for example "vae.encoder.hidden".
+        value: what was computed.
+
+    Returns:
+        value, unchanged.
     """
     values = _active.get()
     if values is not None:
@@ -30,10 +37,10 @@ def record(name: str, value: Tensor) -> Tensor:
 
 @contextmanager
 def recording() -> Iterator[dict[str, Tensor]]:
-    """Collect what the modules record inside the `with` block, in order, without gradient.
+    """Collect what `record` is given inside the `with` block, in order and without gradient.
 
     Returns:
-        dict of name -> value, filled as the code inside the block runs.
+        An ordered dict of name -> value, filled while the block runs.
     """
     values: dict[str, Tensor] = {}
     token = _active.set(values)

@@ -30,9 +30,9 @@ def _check(A: Tensor, v0: Tensor) -> None:
 
 
 def power_iteration(A: Tensor, v0: Tensor, *, n_iter: int = POWER_ITERATIONS) -> Tensor:
-    """Leading right singular vector of A, by power iteration on A^T A. Carries no gradient.
+    """Leading right singular vector of A, by power iteration on A^T A.
 
-    Each iteration is v <- A^T (A v), v <- v / (|v| + EPS_NORMALISE).
+    Nothing is differentiated: the iteration v <- A^T A v, v <- v / (|v| + EPS_NORMALISE) is under stop-gradient.
 
     Args:
         A: (..., n_latent, n_latent).
@@ -40,7 +40,7 @@ def power_iteration(A: Tensor, v0: Tensor, *, n_iter: int = POWER_ITERATIONS) ->
         n_iter: fixed count, so that both frameworks do equal work; 0 returns v0.
 
     Returns:
-        (..., n_latent).
+        (..., n_latent) unit vectors.
 
     Raises:
         ValueError: A is not square, or v0 has another shape.
@@ -87,19 +87,19 @@ def spectral_penalty(
     n_iter: int = POWER_ITERATIONS,
     weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum over matrices of weight * relu(sigma - rho_max)^2.
+    """Sum over matrices of weight * relu(spectral norm - rho_max)^2.
 
-    Differentiable in A through the last line of `spectral_norm` only.
+    Differentiated in A as `spectral_norm` is; the returned vectors carry no gradient.
 
     Args:
         A: (..., n_latent, n_latent).
-        v0: (..., n_latent) non-zero start, drawn by the caller or carried from the last step.
+        v0: (..., n_latent) non-zero start, drawn by the caller or carried from the step before.
         rho_max: largest norm that is not penalised.
-        n_iter: fixed count of iterations.
-        weight: (...) weights of the matrices; None for 1.
+        n_iter: fixed count, so that both frameworks do equal work.
+        weight: (...) weight of each matrix; None for 1.
 
     Returns:
-        penalty (scalar) and v (..., n_latent), to start the next step from, without gradient.
+        penalty (), and the vectors (..., n_latent) to start from next time.
 
     Raises:
         ValueError: A is not square, or v0 has another shape.
@@ -110,17 +110,17 @@ def spectral_penalty(
 
 
 def generator_penalty(A: Tensor, *, dt: float = 1.0) -> Tensor:
-    """Sum of relu(eigenvalue)^2 over the symmetric part of the generators (A - I)/dt, and over matrices.
+    """Sum over matrices of the squared positive eigenvalues of the symmetric part of (A - I) / dt.
 
-    A generator whose symmetric part has no positive eigenvalue moves no two states apart. Differentiable in A once
-    everywhere; the second derivative needs distinct eigenvalues.
+    An operator without such eigenvalues moves no two states apart. Differentiated in A, also where eigenvalues
+    coincide; a second derivative in PyTorch needs them distinct.
 
     Args:
         A: (..., n_latent, n_latent).
-        dt: time that A stands for, in the caller's unit.
+        dt: time that the operator stands for, in the caller's unit.
 
     Returns:
-        scalar.
+        () penalty.
 
     Raises:
         ValueError: A is not square.
@@ -132,17 +132,19 @@ def generator_penalty(A: Tensor, *, dt: float = 1.0) -> Tensor:
 
 
 def operator_norm(A: Tensor, *, kind: str = "spectral") -> Tensor:
-    """Exact norm of each matrix, for monitoring: no gradient.
+    """Exact norm of A, for monitoring.
+
+    Nothing is differentiated.
 
     Args:
         A: (..., n_latent, n_latent).
         kind: "spectral" for the largest singular value, "frobenius" for the root of the sum of squares.
 
     Returns:
-        (...).
+        (...) norm.
 
     Raises:
-        ValueError: unknown kind, or A is not square.
+        ValueError: an unknown kind.
     """
     _check_square(A)
     if kind not in ("spectral", "frobenius"):
@@ -151,13 +153,15 @@ def operator_norm(A: Tensor, *, kind: str = "spectral") -> Tensor:
 
 
 def spectral_radius(A: Tensor) -> Tensor:
-    """Largest modulus of an eigenvalue, for monitoring: no gradient.
+    """Largest modulus of the eigenvalues of A, for monitoring.
+
+    Nothing is differentiated. It is not a norm: a matrix of radius below 1 can still grow states for a while.
 
     Args:
         A: (..., n_latent, n_latent).
 
     Returns:
-        (...). It is not a norm: a matrix of radius below 1 can still grow states for a while.
+        (...) radius.
 
     Raises:
         ValueError: A is not square.

@@ -41,10 +41,11 @@ LossOutput = tuple[Tensor, tuple[Tensors, Tensors]]
 
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes, and what it needs beside: canonical names throughout.
+    """Everything a step reads and writes, keyed by canonical names.
 
-    params are trained and frozen are not; m and v are Adam's moments and count its steps so far; carry holds the
-    vectors of the power iteration.
+    params are the trained parameters and frozen the others; m and v are Adam's moments, shaped as params, and count its
+    updates so far; carry holds the vectors of the power iteration: {"v": (n_slots, n_latent)},
+    {"v_bases": (n_tissues + n_bases, n_latent)} or {}.
     """
 
     params: Tensors
@@ -66,19 +67,24 @@ def init_state(
     dtype: str = "float32",
     device: str | torch.device = "cpu",
 ) -> TrainState:
-    """A training state from canonical parameters.
+    """The state of a run, from canonical parameters. Everything is copied.
 
     Args:
-        params: canonical parameters, arrays or tensors; they are copied.
+        params: all parameters by canonical name.
         trainable: names of those that are trained; the others are frozen.
-        m, v: Adam's moments of the trainable parameters; None for zeros.
-        count: Adam's steps so far.
-        carry: vectors of the power iteration, see `operator_loss`.
+        m: first moments by name; None for zeros.
+        v: second moments by name; None for zeros.
+        count: updates done so far.
+        carry: vectors of the power iteration, see `operator_loss`; None for none.
         dtype: "float32" or "float64", of every array.
         device: where the state lives.
 
+    Returns:
+        TrainState.
+
     Raises:
-        ValueError: a trainable name has no parameter, or moments do not fit the trainable parameters.
+        ValueError: a trainable name that is not a parameter, moments of other names or shapes, or float64 in a
+            process where JAX has 64-bit numbers off.
     """
     missing = sorted(set(trainable) - set(params))
     if missing:
@@ -107,19 +113,19 @@ def init_state(
 
 
 def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config, beta: float | Tensor) -> LossOutput:
-    """Loss of stage 1: the ELBO of a batch of cells.
+    """Negative ELBO of the NB-VAE, the loss of stage "vae".
 
-    Differentiable in params. Parts carry no gradient.
+    Differentiated in the parameters below "vae."; the parts carry no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: counts (C, n_genes), tissue (C,), library (C,) and weight (C,), 0 for padding.
-        noise: eps (C, n_latent).
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        noise: eps (n_cells, n_latent).
         config: the run's configuration.
-        beta: weight of the KL term.
+        beta: weight of the KL divergence.
 
     Returns:
-        loss, nats per cell; parts nll and kl; and an empty carry.
+        loss (), nats per cell, and (parts {"nll", "kl"}, carry {}).
     """
     model = NBVAE(config.vae, select(params, "vae"))
     counts, tissue = batch["counts"], batch["tissue"]
@@ -171,22 +177,24 @@ def _operator_terms(
 
 
 def operator_loss(params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, *, config: Config) -> LossOutput:
-    """Loss of stage 2: energy distance of images to perturbed cells, spectral penalty, shrinkage to the identity.
+    """Energy distance between moved controls and perturbed cells, with the spectral and identity penalties.
 
-    Differentiable in params; the power iteration is under stop-gradient, and parts and carry carry none.
+    Differentiated in the parameters below "conditions." and "operators.", and in x and y; the power iteration is under
+    stop-gradient, and parts and carry have no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: perturbations and doses (P, M), tissue (P,), batch (P, n_batches), covariates (P, n_covariates); latents
-            x (P, n, d) of controls and y (P, m, d) of perturbed cells with weights wx and wy; weight (P,), 0 for
-            padding; slot (P,), the condition's row in carry["v"], 0 for padding; and optionally distinct (P,), 0 for
-            a group whose operator another group of the batch already stands for in the spectral penalty.
-        noise: v0 (P, d), the start of the power iteration without warm start.
-        carry: v (n_slots, d), or v_bases (n_tissues + n_bases, d) where the bases are bounded.
+        batch: perturbations, doses (n_conditions, n_members), tissue (n_conditions,), batch (n_conditions,
+            n_batches), covariates (n_conditions, n_covariates), latents x (n_conditions, n, n_latent) of controls and
+            y (n_conditions, m, n_latent) of perturbed cells with weights wx and wy, weight (n_conditions,) of the
+            groups (0 for padding), slot (n_conditions,) row of carry["v"] (row 0 is for padding), and distinct
+            (n_conditions,) 1 where a group's operator stands first in the batch, 0 where it stood before.
+        noise: v0 (n_conditions, n_latent), the power iteration's start where nothing is carried.
+        carry: {"v": (n_slots, n_latent)}, {"v_bases": (n_tissues + n_bases, n_latent)}, or {}.
         config: the run's configuration.
 
     Returns:
-        loss; parts energy, spectral, shrinkage (before their weights) and sigma_max; and the new carry.
+        loss () and (parts {"energy", "spectral", "shrinkage", "sigma_max"}, carry), the parts before their weights.
     """
     loss, _, parts, carry = _operator_terms(params, batch["x"], batch["y"], batch, noise, carry, config)
     return loss, (parts, carry)
@@ -195,21 +203,23 @@ def operator_loss(params: Tensors, batch: Tensors, noise: Tensors, carry: Tensor
 def joint_loss(
     params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, *, config: Config, beta: float | Tensor
 ) -> LossOutput:
-    """Loss of stage 3: that of stage 2 on live latents, the energy distance of decoded profiles, and the ELBO.
+    """The operator loss on live latents, the energy distance of decoded profiles, and the VAE's own loss.
 
-    Differentiable in params, through encoder, operators and decoder.
+    Differentiated in all parameters, through encoder, operators and decoder; parts and carry have no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: that of `operator_loss` with counts x_counts and y_counts (P, n, n_genes) and x_library and y_library
-            (P, n) instead of x and y; and that of `vae_loss` with names that begin with cells_.
-        noise: eps and v0.
-        carry: as in `operator_loss`.
+        batch: as for `operator_loss`, with counts x_counts (n_conditions, n, n_genes) and x_library (n_conditions, n)
+            in the place of x, and y_counts and y_library in the place of y; and the batch of `vae_loss` with every
+            name prefixed "cells_".
+        noise: eps (n_cells, n_latent) and v0 (n_conditions, n_latent).
+        carry: as for `operator_loss`.
         config: the run's configuration.
-        beta: weight of the KL term.
+        beta: weight of the KL divergence.
 
     Returns:
-        loss; parts energy, gene_energy, spectral, shrinkage, nll, kl (before their weights) and sigma_max; new carry.
+        loss () and (parts {"energy", "gene_energy", "spectral", "shrinkage", "sigma_max", "nll", "kl"}, carry), the
+        parts before their weights.
     """
     model = NBVAE(config.vae, select(params, "vae"))
 
@@ -236,15 +246,15 @@ def joint_loss(
 
 
 def check_stage(stage: str) -> None:
-    """Raise ValueError unless the stage is one of the three."""
+    """Raise ValueError unless the stage is "vae", "operator" or "joint"."""
     if stage not in ("vae", "operator", "joint"):
         raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
 
 
 def stage_loss(
-    stage: str, params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, config: Config, beta: float | Tensor
+    stage: str, params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, beta: float | Tensor, config: Config
 ) -> LossOutput:
-    """The loss of a stage by its name; the first stage hands the carry through."""
+    """loss, (parts, carry) of one micro-batch of a stage; stage "vae" hands the carry through."""
     check_stage(stage)
     if stage == "vae":
         loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
@@ -258,14 +268,16 @@ def stage_loss(
 
 
 def clip_by_global_norm(grads: Tensors, max_norm: float) -> tuple[Tensors, Tensor]:
-    """Scale all gradients by min(1, max_norm / (norm + CLIP_EPS)).
+    """Scale all gradients by min(1, max_norm / (norm + CLIP_EPS)), norm over all of them together.
+
+    Not meant to be differentiated.
 
     Args:
-        grads: by name.
-        max_norm: largest Euclidean norm over all of them together.
+        grads: gradients by name.
+        max_norm: largest Euclidean norm.
 
     Returns:
-        The scaled gradients, and the norm before.
+        the scaled gradients, and the norm () before.
     """
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
     scale = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
@@ -282,16 +294,22 @@ def adam_update(
     lr: float | Tensor,
     weight_decay: float = 0.0,
 ) -> tuple[Tensors, Tensors, Tensors, int]:
-    """One step of AdamW (Kingma and Ba 2015; Loshchilov and Hutter 2019): decay beside the step, on every parameter.
+    """One step of AdamW: Adam with bias correction, eps outside the root, and decoupled weight decay.
+
+    The corrections 1 - b^(count + 1) are exact to rounding. Not meant to be differentiated. Source: Kingma & Ba 2015,
+    arXiv:1412.6980; Loshchilov & Hutter 2019, arXiv:1711.05101.
 
     Args:
-        params, grads, m, v: by name; m and v are the moments so far.
-        count: steps taken so far; the bias corrections are 1 - b^(count + 1), exact to rounding.
+        params: parameters by name.
+        grads: gradients by name.
+        m: first moments by name.
+        v: second moments by name.
+        count: () updates done so far.
         lr: learning rate.
-        weight_decay: p loses lr * weight_decay * p.
+        weight_decay: every parameter p also loses lr * weight_decay * p.
 
     Returns:
-        params, m, v, count after the step.
+        params, m, v and count after the step.
     """
     count, lr = int(count) + 1, float(lr)  # an integer tensor would take the corrections to float32
     correct_m, correct_v = (-float(np.expm1(count * np.log(b))) for b in (ADAM_B1, ADAM_B2))
@@ -333,7 +351,7 @@ def _step(
     losses, all_parts, grads = [], [], {name: torch.zeros_like(p) for name, p in state.params.items()}
     for index in range(n):
         loss, (parts, carry) = loss_function(
-            stage, {**state.frozen, **leaves}, _micro(batch, index), _micro(noise, index), carry, config, hyper["beta"]
+            stage, {**state.frozen, **leaves}, _micro(batch, index), _micro(noise, index), carry, hyper["beta"], config
         )
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, total), g in zip(grads.items(), found, strict=True):
@@ -356,18 +374,22 @@ def _step(
 def vae_step(
     state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step of stage 1 on `vae_loss`: mean gradient over micro-batches, global-norm clip, AdamW, guard.
+    """One step of stage "vae": loss, gradient, clip, AdamW, guard.
+
+    Not meant to be differentiated. When the loss, the gradient norm or anything new is not finite, the state is
+    returned as it came and metrics["ok"] is False.
 
     Args:
-        state: not changed.
-        batch, noise: those of the loss, with a leading axis of micro-batches over which gradients, loss and parts are
+        state: the run; it is not changed.
+        batch: as for `vae_loss`, with a leading axis of micro-batches, over which gradients and losses are
             averaged.
-        hyper: lr, and beta, the weight of the KL term.
-        config: the run's configuration; stage_vae holds max_norm and weight_decay.
+        noise: the same.
+        hyper: {"lr": (), "beta": ()}.
+        config: the run's configuration; `stage_vae` holds max_norm and weight_decay.
 
     Returns:
-        The new state, or the old one where the loss, the gradient norm, a new parameter or a moment is not finite; and
-        metrics: loss, grad_norm before clipping, ok, parts, and param_grad_norm by sorted name.
+        state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
+        clipping of the trained parameters, sorted by name.
     """
     return _step("vae", state, batch, noise, hyper, config)
 
@@ -375,14 +397,46 @@ def vae_step(
 def operator_step(
     state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step of stage 2 on `operator_loss`, see `vae_step`; the carry threads through the micro-batches."""
+    """One step of stage "operator": loss, gradient, clip, AdamW, guard.
+
+    Not meant to be differentiated. When the loss, the gradient norm or anything new is not finite, the state is
+    returned as it came and metrics["ok"] is False.
+
+    Args:
+        state: the run; it is not changed.
+        batch: as for `operator_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged.
+        noise: the same.
+        hyper: {"lr": (), "beta": ()}.
+        config: the run's configuration; `stage_operator` holds max_norm and weight_decay.
+
+    Returns:
+        state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
+        clipping of the trained parameters, sorted by name.
+    """
     return _step("operator", state, batch, noise, hyper, config)
 
 
 def joint_step(
     state: TrainState, batch: Tensors, noise: Tensors, hyper: Mapping[str, Any], *, config: Config
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One step of stage 3 on `joint_loss`, see `vae_step`; the carry threads through the micro-batches."""
+    """One step of stage "joint": loss, gradient, clip, AdamW, guard.
+
+    Not meant to be differentiated. When the loss, the gradient norm or anything new is not finite, the state is
+    returned as it came and metrics["ok"] is False.
+
+    Args:
+        state: the run; it is not changed.
+        batch: as for `joint_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged.
+        noise: the same.
+        hyper: {"lr": (), "beta": ()}.
+        config: the run's configuration; `stage_joint` holds max_norm and weight_decay.
+
+    Returns:
+        state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
+        clipping of the trained parameters, sorted by name.
+    """
     return _step("joint", state, batch, noise, hyper, config)
 
 
@@ -403,21 +457,24 @@ def run_steps(
     config: Config,
     compile: bool = False,
 ) -> tuple[TrainState, dict[str, Any]]:
-    """Many steps of one stage.
+    """Many steps of one stage in one call.
+
+    Not meant to be differentiated. The state that is passed in is used up: in JAX its memory holds the result.
 
     Args:
         stage: "vae", "operator" or "joint".
-        state: not changed.
-        batches, noises: leaves have a leading axis of steps, then one of micro-batches.
-        hypers: lr and beta, (n_steps,) each.
+        state: the run.
+        batches: as for the single step, with a leading axis of steps before that of the micro-batches.
+        noises: the same.
+        hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
         config: the run's configuration.
         compile: run the loss through torch.compile.
 
     Returns:
-        The last state, and the metrics of every step, stacked.
+        state, and the metrics of every step, stacked.
 
     Raises:
-        ValueError: no such stage.
+        ValueError: an unknown stage.
     """
     check_stage(stage)
     loss_function = torch.compile(stage_loss) if compile else stage_loss
@@ -434,11 +491,24 @@ def run_steps(
 def evaluate(
     stage: str, state: TrainState, batch: Tensors, noise: Tensors, *, config: Config, beta: float
 ) -> dict[str, Tensor]:
-    """Loss and parts of one batch without a micro-batch axis; nothing is updated and nothing differentiated.
+    """The loss of a stage and its parts, without an update.
+
+    Nothing is differentiated.
+
+    Args:
+        stage: "vae", "operator" or "joint".
+        state: the run.
+        batch: as for the stage's loss, without an axis of micro-batches.
+        noise: the same.
+        config: the run's configuration.
+        beta: weight of the KL divergence.
 
     Returns:
-        The parts of the stage's loss, and "loss".
+        the parts and "loss", each ().
+
+    Raises:
+        ValueError: an unknown stage.
     """
     with torch.no_grad():
-        loss, (parts, _) = stage_loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, config, beta)
+        loss, (parts, _) = stage_loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, beta, config)
     return {**parts, "loss": loss}

@@ -17,11 +17,12 @@ __all__ = ["NBVAE", "Decoder", "Encoder"]
 
 
 class Encoder(nn.Module):
-    """Counts to the mean and log variance of the latent posterior.
+    """Counts and tissue to the posterior's mean and log variance.
 
     Args:
-        config: `input` says whether the network sees log1p counts or counts.
-        params: hidden (n_genes, n_hidden), mean and logvar (n_hidden + n_tissues, n_latent), weights and biases.
+        config: the VAE's settings; `input` decides whether log1p counts or counts enter.
+        params: `hidden` (n_genes, n_hidden), `mean` and `logvar` (n_hidden + n_tissues, n_latent), each with `weight`
+            and `bias`.
     """
 
     def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
@@ -32,23 +33,25 @@ class Encoder(nn.Module):
         self.logvar = Linear(select(params, "logvar"))
 
     def forward(self, x: Tensor, tissue: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior of each cell. Differentiable in the parameters and in x.
+        """Posterior mean and unclipped log variance.
+
+        Differentiated in the parameters and in x.
 
         Args:
-            x: (C, n_genes) counts.
-            tissue: (C,) integers.
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
 
         Returns:
-            z_mu and z_logvar, (C, n_latent) each, the log variance unclipped.
+            z_mu and z_logvar, each (n_cells, n_latent).
 
         Raises:
-            ValueError: x has another number of genes than the parameters.
+            ValueError: another number of genes than the model has.
         """
         n_genes, n_hidden = self.hidden.weight.shape
         if x.ndim != 2 or x.shape[1] != n_genes:
             raise ValueError(
                 f"counts have shape {tuple(x.shape)} but the model expects (n_cells, {n_genes}); "
-                "align the genes with pf_core.data.align_genes"
+                "align with pf_core.genes.align_genes"
             )
         x = x.to(self.hidden.weight.dtype)
         inputs = torch.log1p(x) if self.config.input == "log1p" else x
@@ -58,12 +61,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent vectors to the mean counts, and the inverse dispersion of every gene.
+    """Latents, tissue and library size to the mean count of every gene.
 
     Args:
-        config: `scale` says how the mean is formed.
-        params: hidden (n_latent + n_tissues, n_hidden), mean (n_hidden, n_genes), weights and biases, and log_r
-            (n_genes,) or (n_tissues, n_genes).
+        config: the VAE's settings; `scale` decides how the mean is formed.
+        params: `hidden` (n_latent + n_tissues, n_hidden) and `mean` (n_hidden, n_genes), each with `weight` and `bias`,
+            and `log_r` (n_genes,) or (n_tissues, n_genes).
     """
 
     log_r: Tensor
@@ -76,15 +79,17 @@ class Decoder(nn.Module):
         own(self, "log_r", params["log_r"])
 
     def forward(self, z: Tensor, tissue: Tensor, library: Tensor) -> Tensor:
-        """Mean counts. Differentiable in the parameters, z and library.
+        """Mean counts.
+
+        Differentiated in the parameters, z and library.
 
         Args:
-            z: (C, n_latent).
-            tissue: (C,) integers.
-            library: (C,) total counts; only scale "library" looks at it.
+            z: (n_cells, n_latent) latents.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts; not used when `scale` is "softplus".
 
         Returns:
-            (C, n_genes) counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
+            (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
         """
         code = one_hot(tissue, self.hidden.weight.shape[0] - z.shape[-1], z.dtype)
         h = record("vae.decoder.hidden", torch.relu(self.hidden(torch.cat([z, code], dim=-1))))
@@ -94,19 +99,19 @@ class Decoder(nn.Module):
             mu = library.to(h.dtype)[:, None] * torch.softmax(self.mean(h), dim=-1)
         return record("vae.decoder.mean", mu + MU_FLOOR)
 
-    def dispersion(self, tissue: Tensor) -> Tensor:
+    def _dispersion(self, tissue: Tensor) -> Tensor:
         """Inverse dispersion r: (n_genes,), or (C, n_genes) where it depends on the tissue."""
         r = inverse_dispersion(self.log_r)
         return record("vae.r", r if self.log_r.ndim == 1 else r[tissue])
 
 
 class NBVAE(nn.Module):
-    """Negative binomial VAE (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2), tissue as a one-hot code.
+    """The negative-binomial VAE, tissue as a one-hot code (Lopez et al. 2018, doi:10.1038/s41592-018-0229-2).
 
     Args:
-        config: how counts enter and means leave.
-        params: canonical parameters without the prefix `vae.`. NumPy arrays and nn.Parameters become parameters of the
-            module; other tensors are used as they are, so that gradients reach whoever made them.
+        config: the VAE's settings.
+        params: canonical parameters below "vae.", with that prefix cut off. NumPy arrays become trainable parameters of
+            the module; in a functional step the gradients reach whoever made the arrays.
     """
 
     def __init__(self, config: VAEConfig, params: Mapping[str, Any]):
@@ -116,28 +121,66 @@ class NBVAE(nn.Module):
         self.decoder = Decoder(config, select(params, "decoder"))
 
     def encode(self, x: Tensor, tissue: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_mu, z_logvar) of counts (C, n_genes); see `Encoder`."""
+        """Posterior mean and unclipped log variance.
+
+        Differentiated in the parameters and in x.
+
+        Args:
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
+
+        Returns:
+            z_mu and z_logvar, each (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has.
+        """
         return self.encoder(x, tissue)
 
     def decode(self, z: Tensor, tissue: Tensor, library: Tensor) -> Tensor:
-        """Mean counts (C, n_genes) of latent vectors (C, n_latent); see `Decoder`."""
+        """Mean counts.
+
+        Differentiated in the parameters, z and library.
+
+        Args:
+            z: (n_cells, n_latent) latents.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts; not used when `scale` is "softplus".
+
+        Returns:
+            (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
+        """
         return self.decoder(z, tissue, library)
 
     def dispersion(self, tissue: Tensor) -> Tensor:
-        """Inverse dispersion (n_genes,) or (C, n_genes)."""
-        return self.decoder.dispersion(tissue)
+        """Inverse dispersion of every gene.
 
-    def forward(self, x: Tensor, tissue: Tensor, library: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Encode, sample, decode. Differentiable in the parameters.
+        Differentiated in log_r.
 
         Args:
-            x: (C, n_genes) counts.
-            tissue: (C,) integers.
-            library: (C,) total counts.
-            eps: (C, n_latent) standard normal, drawn by the caller.
+            tissue: (n_cells,) index into the tissues; used when `dispersion` is "gene-tissue".
 
         Returns:
-            mu (C, n_genes), r (n_genes,) or (C, n_genes), z_mu and z_logvar (C, n_latent).
+            (n_genes,) for "gene", (n_cells, n_genes) for "gene-tissue".
+        """
+        return self.decoder._dispersion(tissue)
+
+    def forward(self, x: Tensor, tissue: Tensor, library: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Encode, sample, decode.
+
+        Differentiated in the parameters, x, library and eps.
+
+        Args:
+            x: (n_cells, n_genes) counts.
+            tissue: (n_cells,) index into the tissues.
+            library: (n_cells,) total counts.
+            eps: (n_cells, n_latent) standard normal draws of the caller.
+
+        Returns:
+            mu (n_cells, n_genes), r as `dispersion`, z_mu and z_logvar (n_cells, n_latent).
+
+        Raises:
+            ValueError: another number of genes than the model has.
         """
         z_mu, z_logvar = self.encode(x, tissue)
         z = record("vae.z", reparameterize(z_mu, z_logvar, eps))
