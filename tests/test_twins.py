@@ -145,6 +145,15 @@ def test_a_public_docstring_begins_with_one_line_and_names_every_argument(name, 
     assert [argument for argument, _, _ in one.get("signature", []) if argument not in explained] == []
 
 
+def test_the_core_asks_of_a_backend_what_the_twins_offer():
+    protocol = described((ROOT / "pf_core" / "backends.py").read_text(encoding="utf-8"))
+    asked = {name: entry for name, entry in protocol.items() if name.startswith("Backend.")}
+    offered = {name: one for name, one, _ in PAIRS}
+    assert asked
+    for name, entry in asked.items():
+        assert entry["signature"] == offered[f"bridge.{name}"]["signature"], name
+
+
 def test_the_table_of_differences_has_no_entry_too_many():
     for twin, qualified, argument in OWN_ARGUMENTS:
         module, name = qualified.split(".")
