@@ -139,7 +139,7 @@ def predicted_counts(
             blocks.append(transport(counts[rows], mu0, mu1, rng, r))
         elif output == "sample":
             assert r is not None
-            blocks.append(sample(mu1, r, rng))
+            blocks.append(sample(mu1, np.broadcast_to(r, n_genes), rng))
         else:
             blocks.append(sparse.csr_matrix(_means("mu1", mu1, (rows.stop - rows.start, n_genes)).astype(np.float32)))
     return _csr(sparse.vstack(blocks)) if blocks else counts.copy()
