@@ -224,7 +224,7 @@ def distances() -> Iterator[Case]:
             reason = (
                 "reverse mode adds and takes away 1e4 at i = i'; the strongly smoothed case has the second derivative"
             )
-        for method, tile in (("tiled", 3), ("tiled", 512), ("plain", 3)):
+        for method, tile in (("tiled", 5), ("tiled", 512), ("plain", 5)):
             case = f"energy_distance/{label}, {method}" + (f" by {tile}" if method == "tiled" else "")
             options = static | {"method": method, "tile": tile}
             yield Case(case, name, inputs, options, quantities=quantities, reason=reason, **both, **extra)
@@ -233,7 +233,7 @@ def distances() -> Iterator[Case]:
         "energy_distance/weights are data",
         name,
         weighted,
-        {"tile": 3},
+        {"tile": 5},
         differentiate=("x", "y", "wx", "wy"),
         zero=("wx", "wy"),
         taylor=False,
@@ -245,7 +245,7 @@ def distances() -> Iterator[Case]:
         "energy_distance/of a sample with itself",
         name,
         same,
-        {"tile": 3},
+        {"tile": 5},
         quantities=("value",),
         reason="0 up to rounding",
     )

@@ -45,7 +45,8 @@ class Result:
     def line(self) -> str:
         text = f"{self.case} | {self.quantity} {self.leaf} | {self.tier} | {self.verdict}"
         if self.values:
-            named = zip((*self.sides, "oracle"), self.values, strict=True)
+            names = (*self.sides, "oracle")  # a pair without an oracle has two values
+            named = zip(names, self.values, strict=False)
             worst = ", ".join(f"{name} {value!r}" for name, value in named)
             floors = " and ".join(f"{error:.3g}" for error in self.errors)
             text += f" at {list(self.index)}: {worst}; {floors} floors"

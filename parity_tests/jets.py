@@ -241,14 +241,17 @@ def log1p(x: Jet) -> Jet:
 
 
 def softplus(x: Jet) -> Jet:
-    def logistic(v: Array) -> Array:
-        return 1 / (1 + np.exp(-v))
-
-    def second(v: Array) -> Array:
-        return logistic(v) * logistic(-v)
-
-    return elementwise(
-        x, lambda v: np.logaddexp(WIDE(0), v), logistic, second, lambda v: second(v) * (1 - 2 * logistic(v))
+    """log(1 + exp(x))."""
+    v = x.value
+    p, q = 1 / (1 + np.exp(-v)), 1 / (1 + np.exp(v))
+    value, first, second = np.logaddexp(WIDE(0), v), p, p * q
+    error = x.v.error
+    return compose(
+        [x],
+        Number(value, _magnitude(first) * error + _magnitude(value)),
+        [Number(first, _magnitude(second) * error + _magnitude(first))],
+        # p (1 - p) term by term, as frameworks have it: where p rounds to 1 what is left is the rounding of p.
+        [[Number(second, _magnitude(second) * error + _magnitude(p * (1 + p)))]],
     )
 
 

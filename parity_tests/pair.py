@@ -229,7 +229,7 @@ def _compare64(case: Case, quantity: str, sides: Any, base: Any, scale: Any, tru
         verdict = EQUAL if worst <= C else UNDECIDED
         if verdict == UNDECIDED and quantity == "gradient":
             verdict = _whose_gradient(case, sides, base)
-        values = (a[place].item(), b[place].item(), float("nan")) if gap.size else ()
+        values = (a[place].item(), b[place].item()) if gap.size else ()
         results.append(make(verdict, "", (worst, worst), place, values))
     return results
 
@@ -276,6 +276,8 @@ def _remarks(sides: Any, case: Case, base: Any) -> list[str]:
 def _compare_low(quantity: str, tier: str, lower: Any, base: Any, scale: Any) -> list[Result]:
     results = _same_leaves(quantity, tier, *(side.quantity(quantity) for side in lower))
     for name in (name for name in lower[0].quantity(quantity) if name in lower[1].quantity(quantity)):
+        if any(side.quantity(quantity)[name] is None for side in lower):
+            continue  # float64 has told that a path is missing
         low = [_array(side.quantity(quantity)[name], base[i].quantity(quantity)[name]) for i, side in enumerate(lower)]
         high = [_array(side.quantity(quantity)[name], low[i]) for i, side in enumerate(base)]
         faults = [structural(h, x, "float32") if h.dtype.kind == "f" else "" for h, x in zip(high, low, strict=True)]
