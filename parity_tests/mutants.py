@@ -130,7 +130,7 @@ def planted(mutant: Mutant) -> Iterator[str]:
 _PLANTED = {"jax": 0}
 
 
-def _forget(every: int = 6) -> None:
+def _forget(every: int = 25) -> None:
     """Compiled programs of mutants are never asked for again; gigabytes of them would pile up."""
     import jax
 
