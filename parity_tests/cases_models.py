@@ -183,7 +183,7 @@ def _loss(stage: str, label: str, config: Config, beta: float = 0.375, **changes
     if stage != "operator":
         static["beta"] = beta
     differentiate = tuple(f"params/{name}" for name in syn.trainable(stage, params))
-    parts = {"vae": ("1/nll", "1/kl")}.get(stage, ("1/0/*", "1/1/*"))
+    parts = ("1/0/*", "1/1/*")
     return Case(
         f"{stage}_loss/{label}",
         f"steps.{stage}_loss",

@@ -208,15 +208,17 @@ def train_stage(
         position.step = stop
         values = _mean_metrics(metrics, hypers, names)
         record = {"stage": stage, "step": stop, **values, "bad_steps": position.bad_steps}
-        is_best = False
+        # In the middle of a row of bad steps nothing is saved: a return must lead back to before the first of them.
+        healthy, is_best = position.bad_in_row == 0, False
         if stop % settings.evaluate_every == 0 or stop == settings.max_steps:
             record["validation"] = validate(backend, stage, state, source, config)
             record["health"] = _health(metrics["param_grad_norm"][-1], backend.export(state)["params"], unreached)
-            is_best = _judge(position, record["validation"], values["loss"], settings, stop)
+            if healthy:
+                is_best = _judge(position, record["validation"], values["loss"], settings, stop)
         position.history_length = run.append_history(record)
         if stop == settings.max_steps:
             position.done = True
-        if is_best or position.done or stop % settings.checkpoint_every == 0:
+        if is_best or position.done or (healthy and stop % settings.checkpoint_every == 0):
             save(state, position, best=is_best)
         progress(stage, stop, settings.max_steps, _shown(record))
     best = run.best(stage)

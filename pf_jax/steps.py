@@ -40,6 +40,8 @@ __all__ = [
 ]
 
 Arrays = dict[str, jax.Array]
+_LARGE = 1 << 16  # elements; smaller arrays are updated together, as one vector
+_PACKED = ""  # its name beside the canonical ones
 Stage = Literal["vae", "operator", "joint"]
 
 
@@ -343,56 +345,80 @@ def _settings(stage: str, config: Config) -> StageConfig:
     return {"vae": config.stage_vae, "operator": config.stage_operator, "joint": config.stage_joint}[stage]
 
 
-def _step(stage: str, state: TrainState, batch, noise, hyper, config: Config):
-    dtype = next(iter(state.params.values())).dtype
+def _pack(tree: Arrays) -> Arrays:
+    """The small arrays as one vector, the large ones as they are."""
+    # The time to compile and to dispatch grows with the number of arrays; copying the large ones would cost more.
+    small = [name for name in sorted(tree) if tree[name].size < _LARGE]
+    packed = {name: value for name, value in tree.items() if name not in small}
+    return packed | ({_PACKED: jnp.concatenate([tree[name].ravel() for name in small])} if small else {})
+
+
+def _unpack(packed: Arrays, like: Arrays) -> Arrays:
+    """The arrays of `_pack`, by name, with the shapes of like."""
+    tree, start = {}, 0
+    for name in sorted(like):
+        shape, size = like[name].shape, like[name].size
+        tree[name] = packed[name] if name in packed else packed[_PACKED][start : start + size].reshape(shape)
+        start += 0 if name in packed else size
+    return tree
+
+
+def _moving(state: TrainState) -> TrainState:
+    """What a step changes, packed."""
+    return state._replace(params=_pack(state.params), frozen={}, m=_pack(state.m), v=_pack(state.v))
+
+
+def _settled(moving: TrainState, like: TrainState) -> TrainState:
+    """The state of `_moving`, with the names and the frozen parameters of like."""
+    params, m, v = (_unpack(tree, like.params) for tree in (moving.params, moving.m, moving.v))
+    return moving._replace(params=params, frozen=like.frozen, m=m, v=v)
+
+
+def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper, config: Config):
+    """One step of what `_moving` returns; like gives names, shapes and frozen parameters."""
+    dtype = next(iter(moving.params.values())).dtype
     lr, beta = jnp.asarray(hyper["lr"], dtype), jnp.asarray(hyper["beta"], dtype)
     n_micro = jax.tree.leaves(batch)[0].shape[0]
+    trained = _unpack(moving.params, like.params)
 
     def loss(params, carry, micro_batch, micro_noise):
-        return stage_loss(stage, state.frozen | params, micro_batch, micro_noise, carry, beta, config)
+        return stage_loss(stage, like.frozen | params, micro_batch, micro_noise, carry, beta, config)
 
     def accumulate(totals, micro):
         carry, sums = totals
-        (value, (parts, carry)), grads = jax.value_and_grad(loss, has_aux=True)(state.params, carry, *micro)
-        return (carry, jax.tree.map(jnp.add, sums, (value, parts, grads))), None
+        (value, (parts, carry)), grads = jax.value_and_grad(loss, has_aux=True)(trained, carry, *micro)
+        return (carry, jax.tree.map(jnp.add, sums, _pack(grads))), (value, parts)
 
     # A scan with one turn is unrolled by the compiler; one body serves any number of micro-batches.
-    shapes = jax.eval_shape(loss, state.params, state.carry, *jax.tree.map(lambda leaf: leaf[0], (batch, noise)))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0], state.params))
-    (carry, sums), _ = jax.lax.scan(accumulate, (state.carry, zeros), (batch, noise))
-    value, parts, grads = jax.tree.map(lambda leaf: leaf / n_micro, sums)
+    zeros = jax.tree.map(jnp.zeros_like, moving.params)
+    (carry, sums), reported = jax.lax.scan(accumulate, (moving.carry, zeros), (batch, noise))
+    value, parts = jax.tree.map(lambda leaf: leaf.mean(0), reported)
+    grads = {name: total / n_micro for name, total in sums.items()}
 
     settings = _settings(stage, config)
-    norms = jnp.sqrt(jnp.stack([(grads[name] ** 2).sum() for name in sorted(grads)]))
+    by_name = _unpack(grads, like.params)
+    norms = jnp.sqrt(jnp.stack([(by_name[name] ** 2).sum() for name in sorted(by_name)]))
     clipped, norm = clip_by_global_norm(grads, settings.max_norm)
     params, m, v, count = adam_update(
-        state.params, clipped, state.m, state.v, state.count, lr=lr, weight_decay=settings.weight_decay
+        moving.params, clipped, moving.m, moving.v, moving.count, lr=lr, weight_decay=settings.weight_decay
     )
-    new = TrainState(params, state.frozen, m, v, count, carry)
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, norm, params, m, v))]
-    ok = jnp.stack(finite).all()
     # The guard: a step that is not finite leaves no trace, not even in the count or the carried vectors.
-    kept = jax.tree.map(partial(jnp.where, ok), new._replace(frozen={}), state._replace(frozen={}))
-    metrics = {"loss": value, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
-    return kept._replace(frozen=state.frozen), metrics
+    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, norm, params, m, v))]).all()
+    new = jax.tree.map(partial(jnp.where, ok), TrainState(params, {}, m, v, count, carry), moving)
+    return new, {"loss": value, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
 
 
 @partial(jax.jit, static_argnames=("stage", "config"))
 def _one_step(stage: str, state: TrainState, batch, noise, hyper, config: Config):
-    return _step(stage, state, batch, noise, hyper, config)
+    moving, metrics = _step(stage, _moving(state), state, batch, noise, hyper, config)
+    return _settled(moving, state), metrics
 
 
 @partial(jax.jit, static_argnames=("stage", "config"), donate_argnames=("state",))
 def _many_steps(stage: str, state: TrainState, batches, noises, hypers, config: Config):
-    frozen = state.frozen
-
-    def body(moving: TrainState, inputs):
-        batch, noise, hyper = inputs
-        moved, metrics = _step(stage, moving._replace(frozen=frozen), batch, noise, hyper, config)
-        return moved._replace(frozen={}), metrics
-
-    moved, metrics = jax.lax.scan(body, state._replace(frozen={}), (batches, noises, hypers))
-    return moved._replace(frozen=frozen), metrics
+    step = lambda moving, inputs: _step(stage, moving, state, *inputs, config=config)
+    moving, metrics = jax.lax.scan(step, _moving(state), (batches, noises, hypers))
+    return _settled(moving, state), metrics
 
 
 @partial(jax.jit, static_argnames=("stage", "config"))
