@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pf_core.config import Config
+from pf_core.errors import ConfigError
 
 Arrays = dict[str, np.ndarray]
 STAGES = ("vae", "operator", "joint")
@@ -124,14 +125,17 @@ def load(name: str, *, dtype: str = "float32", device: str = "cpu", compile: boo
     """The twin of that name, "jax" or "torch".
 
     Raises:
-        ValueError: no such twin, or its framework is not installed (the message says how to install it).
+        ConfigError: no such twin, no such device, or a framework that is not installed (the message says how to).
     """
     if name not in INSTALL:
-        raise ValueError(f"backend is {name!r}; one of {', '.join(map(repr, INSTALL))} was wanted")
+        raise ConfigError(f"backend is {name!r}; one of {', '.join(map(repr, INSTALL))} was wanted")
     try:
         bridge = importlib.import_module(f"pf_{name}.bridge")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("pf_"):
             raise
-        raise ValueError(f"backend {name!r} needs {error.name}, which is not installed: {INSTALL[name]}") from None
-    return bridge.Backend(dtype=dtype, device=device, compile=compile)
+        raise ConfigError(f"backend {name!r} needs {error.name}, which is not installed: {INSTALL[name]}") from None
+    try:
+        return bridge.Backend(dtype=dtype, device=device, compile=compile)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
