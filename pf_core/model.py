@@ -17,7 +17,7 @@ from pf_core.calibration import Calibration, apply, from_arrays
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
-from pf_core.labels import Members, parse_condition
+from pf_core.labels import Members, parse_condition, texts
 from pf_core.operator import Operator
 from pf_core.outputs import BLOCK, Means, predicted_counts
 
@@ -238,7 +238,10 @@ class Model:
         for column, value in (keep or {}).items():
             if column not in dataset.obs:
                 raise PredictionError(f"column {column!r} is not in obs; {nearest(column, list(dataset.obs))}")
-            mask &= dataset.obs[column].astype(str).to_numpy() == value
+            labels, _ = texts(dataset.obs[column], column)
+            if value not in labels:
+                raise PredictionError(f"no cell has {column}={value}; {nearest(value, sorted(set(labels)))}")
+            mask &= labels == value
         if not mask.any():
             raise PredictionError(
                 f"no control cell is left of {dataset.n_cells}; check the columns that were asked for"

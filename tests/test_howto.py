@@ -56,6 +56,20 @@ def test_the_messages_of_the_data_page_are_those_of_the_program(tmp_path):
         assert (done.returncode, done.stderr.strip()) == (2, wanted)
 
 
+@pytest.mark.slow
+def test_cells_are_chosen_by_values_as_the_data_layer_reads_them(tmp_path):
+    assert run("pf simulate screen.h5ad --genes 30", tmp_path).returncode == 0
+    cells = anndata.read_h5ad(tmp_path / "screen.h5ad")
+    cells.obs["plate"] = cells.obs["batch"].map({"batch1": 1.0, "batch2": 2.0}).astype(float)
+    cells.write_h5ad(tmp_path / "plates.h5ad")
+    assert run(quick("pf train plates.h5ad --out run --backend torch"), tmp_path).returncode == 0
+    predict = "pf predict run plates.h5ad --backend torch --perturbation TF1"
+    assert run(f"{predict} --cells plate=1 --out one.h5ad", tmp_path).returncode == 0
+    assert set(anndata.read_h5ad(tmp_path / "one.h5ad").obs["plate"]) == {1.0}
+    done = run(f"{predict} --cells tissue=tisue1 --out two.h5ad", tmp_path)
+    assert (done.returncode, done.stderr) == (2, "pf: no cell has tissue=tisue1; did you mean 'tissue1'?\n")
+
+
 def quick(command: str) -> str:
     """The command with few steps where it trains."""
     trains = command.startswith("pf train") and "--resume" not in command
