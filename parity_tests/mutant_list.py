@@ -65,8 +65,8 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "likelihood",
         "the reported parts carry gradient",
-        'jax.lax.stop_gradient({"nll": nll, "kl": kl})',
-        '{"nll": nll, "kl": kl}',
+        'name: jax.lax.stop_gradient(part) for name, part in (("nll", nll), ("kl", kl))',
+        'name: part for name, part in (("nll", nll), ("kl", kl))',
     ),
     (
         "likelihood",
@@ -356,8 +356,8 @@ JAX: list[tuple[str, str, str, str]] = [
         "return {name: grad * scale for name, grad in grads.items()}, norm",
         "return {name: grad * jnp.minimum(1.0, max_norm / (jnp.sqrt((grad**2).sum()) + CLIP_EPS)) for name, grad in grads.items()}, norm",
     ),
-    ("steps", "clipping forgotten", "state.params, clipped, state.m", "state.params, grads, state.m"),
-    ("steps", "gradients of micro-batches summed", "lambda leaf: leaf / n_micro, sums)", "lambda leaf: leaf, sums)"),
+    ("steps", "clipping forgotten", "moving.params, clipped, moving.m", "moving.params, grads, moving.m"),
+    ("steps", "gradients of micro-batches summed", "name: total / n_micro for", "name: total for"),
     (
         "steps",
         "the carry is not threaded through micro-batches",
@@ -367,21 +367,21 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "steps",
         "norms after clipping reported",
-        "(grads[name] ** 2).sum() for name in sorted(grads)]))\n    clipped",
-        "(grads[name] ** 2).sum() / 4 for name in sorted(grads)]))\n    clipped",
+        "(by_name[name] ** 2).sum() for name in sorted(by_name)",
+        "(by_name[name] ** 2).sum() / 4 for name in sorted(by_name)",
     ),
     ("steps", "the guard looks at the loss only", "jax.tree.leaves((value, norm, params, m, v))", "[value]"),
     (
         "steps",
         "a refused step still counts",
-        "state._replace(frozen={}))\n    metrics",
-        "state._replace(frozen={}, count=count))\n    metrics",
+        'return new, {"loss": value',
+        'return new._replace(count=count), {"loss": value',
     ),
     (
         "steps",
         "a refused step still moves the carry",
-        "state._replace(frozen={}))\n    metrics",
-        "state._replace(frozen={}, carry=carry))\n    metrics",
+        'return new, {"loss": value',
+        'return new._replace(carry=carry), {"loss": value',
     ),
     (
         "steps",
