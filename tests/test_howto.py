@@ -15,7 +15,7 @@ import pytest
 from pf_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-PF = [sys.executable, "-c", "from pf_core.cli import main; main()"]
+PF = [sys.executable, "-m", "pf_core"]
 FAILS = {"pf train screen.h5ad --out broken": 3}  # commands whose point is to fail
 FAST = "--set stage_vae.max_steps=8 --set stage_operator.max_steps=4 --set vae.n_hidden=16 --set vae.n_latent=4"
 
