@@ -94,11 +94,15 @@ def structural(expected: Any, got: Any, dtype: str | None) -> str:
     return ""
 
 
-def entry_errors(oracle: Any, scale: Any, got: Any, unit: float) -> np.ndarray:
-    """Errors in floors, entry by entry; infinite where the floor is 0 and the numbers differ."""
+def entry_errors(oracle: Any, scale: Any, got: Any, unit: float, underflow: float = 0.0) -> np.ndarray:
+    """Errors in floors, entry by entry; infinite where the floor is 0 and the numbers differ.
+
+    Rounding is relative only above the smallest normal number: `underflow` is added to a floor that is not 0.
+    """
     finite = np.isfinite(oracle)
     distance = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, oracle, 0)), 0).astype(np.float64)
-    floor = unit * np.asarray(scale, dtype=np.float64)
+    scale = np.asarray(scale, dtype=np.float64)
+    floor = unit * scale + np.where(scale > 0, underflow, 0.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(distance == 0, 0.0, distance / floor)
 
@@ -177,7 +181,9 @@ def _leaf(
     if expected.dtype.kind != "f":
         add(quantity, leaf, EQUAL)
         return
-    entries = [entry_errors(expected, scale, one, floor_unit(tier, case.terms)) for one in arrays]
+    # What is flushed to zero below the smallest normal number may still be multiplied by weights and directions.
+    underflow = 2.0**20 * float(np.finfo(sides[0].dtype).tiny)
+    entries = [entry_errors(expected, scale, one, floor_unit(tier, case.terms), underflow) for one in arrays]
     worst = (float(entries[0].max(initial=0.0)), float(entries[1].max(initial=0.0)))
     verdict, detail = judge(worst, tier, case.c), ""
     if verdict in (EQUAL, NOISE):

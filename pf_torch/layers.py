@@ -38,9 +38,30 @@ def one_hot(index: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return nn.functional.one_hot(index.long(), n).to(dtype)
 
 
+class _Softplus(torch.autograd.Function):
+    """logaddexp(0, x) with derivative sigmoid(x): torch's own second derivative is inf * 0 below -89 in float32."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.sigmoid(ctx.saved_tensors[0])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent * torch.sigmoid(ctx.saved_tensors[0])
+
+
 def softplus(x: Tensor) -> Tensor:
     """log(1 + exp(x)) as logaddexp(0, x), which never turns linear as torch's own softplus does above 20."""
-    return torch.logaddexp(x, torch.zeros((), dtype=x.dtype, device=x.device))
+    return _Softplus.apply(x)  # type: ignore[return-value]
 
 
 class Linear(nn.Module):
