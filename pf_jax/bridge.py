@@ -520,7 +520,8 @@ class Backend:
             if not bool(jnp.isfinite(jnp.asarray(value)).all()):
                 return name
         grads = jax.grad(loss)(state.params)
-        return next((name for name in sorted(grads) if not bool(jnp.isfinite(grads[name]).all())), "")
+        bad = (name for name in sorted(grads) if not bool(jnp.isfinite(grads[name]).all()))
+        return next((f"gradient of {name}" for name in bad), "")
 
     # --- helpers ---
 

@@ -130,8 +130,9 @@ def operator_norm(A: jax.Array, *, kind: Literal["spectral", "frobenius"] = "spe
         (...) norm.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or A is not square.
     """
+    _check_square(A)
     if kind not in ("spectral", "frobenius"):
         raise ValueError(f"kind is {kind!r}; 'spectral' or 'frobenius' was wanted")
     A = jax.lax.stop_gradient(A)

@@ -88,6 +88,9 @@ class Decoder(nnx.Module):
 
         Returns:
             (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
+
+        Raises:
+            ValueError: another number of latents than the model has.
         """
         n_latent = self.config.n_latent
         if z.ndim != 2 or z.shape[1] != n_latent:

@@ -27,7 +27,16 @@ _FAR = 1e30  # a squared distance
 _NEAR_ELEMENTS = 1 << 22  # numbers held at once when near pairs are computed again
 
 
-def _check(x: Tensor, y: Tensor, wx: Tensor | None, wy: Tensor | None, estimator: str, power: int, ndim: int) -> None:
+def _check(
+    x: Tensor,
+    y: Tensor,
+    wx: Tensor | None,
+    wy: Tensor | None,
+    estimator: str,
+    power: int,
+    ndim: int,
+    smoothing: float = 0.0,
+) -> None:
     if x.ndim != ndim or y.ndim != ndim or x.shape[-1] != y.shape[-1] or x.shape[:-2] != y.shape[:-2]:
         wanted = "(n, d) and (m, d)" if ndim == 2 else "(P, n, d) and (P, m, d)"
         raise ValueError(f"x and y have shapes {tuple(x.shape)} and {tuple(y.shape)}; {wanted} were wanted")
@@ -41,6 +50,8 @@ def _check(x: Tensor, y: Tensor, wx: Tensor | None, wy: Tensor | None, estimator
         raise ValueError(f"estimator is {estimator!r}; 'v' or 'u' was wanted")
     if power not in (1, 2):
         raise ValueError(f"power is {power!r}; 1 or 2 was wanted")
+    if smoothing < 0:
+        raise ValueError(f"smoothing is {smoothing}; a number >= 0 was wanted")
 
 
 def _normalise(points: Tensor, weights: Tensor | None) -> Tensor:
@@ -314,7 +325,7 @@ def energy_distance(
     Raises:
         ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
-    _check(x, y, wx, wy, estimator, power, 2)
+    _check(x, y, wx, wy, estimator, power, 2, smoothing)
     if method not in ("tiled", "plain"):
         raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
     a, b = (None if w is None else w[None] for w in (wx, wy))
@@ -350,7 +361,7 @@ def energy_distance_grouped(
     Raises:
         ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
-    _check(x, y, wx, wy, estimator, power, 3)
+    _check(x, y, wx, wy, estimator, power, 3, smoothing)
     return _energy(x, y, wx, wy, estimator, power, smoothing, "tiled", TILE)
 
 

@@ -144,7 +144,7 @@ def operator_norm(A: Tensor, *, kind: str = "spectral") -> Tensor:
         (...) norm.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or A is not square.
     """
     _check_square(A)
     if kind not in ("spectral", "frobenius"):

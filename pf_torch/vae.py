@@ -90,8 +90,14 @@ class Decoder(nn.Module):
 
         Returns:
             (n_cells, n_genes) mean counts: softplus(.) + MU_FLOOR, or library * softmax(.) + MU_FLOOR.
+
+        Raises:
+            ValueError: another number of latents than the model has.
         """
-        code = one_hot(tissue, self.hidden.weight.shape[0] - z.shape[-1], z.dtype)
+        n_latent = self.config.n_latent
+        if z.ndim != 2 or z.shape[1] != n_latent:
+            raise ValueError(f"latents have shape {tuple(z.shape)} but the model expects (n_cells, {n_latent})")
+        code = one_hot(tissue, self.hidden.weight.shape[0] - n_latent, z.dtype)
         h = record("vae.decoder.hidden", torch.relu(self.hidden(torch.cat([z, code], dim=-1))))
         if self.config.scale == "softplus":
             mu = softplus(self.mean(h))
