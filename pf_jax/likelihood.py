@@ -36,6 +36,7 @@ __all__ = [
 
 # B_{2k} / (2k (2k - 1)), k = 1..8: S(z) = sum_k c_k / z^(2k - 1).
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188, -691 / 360360, 1 / 156, -3617 / 122400)
+_ROWS = 64  # cells whose likelihood is computed together on a processor
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 # 1 / (2k + 3): h(s) = s t - 2 t^3 sum_k t^(2k) / (2k + 3) with t = s / (2 + s); nine terms serve float64 at |s| < 1/4.
 _ATANH = tuple(1.0 / (2 * k + 3) for k in range(9))
@@ -266,7 +267,20 @@ def nb_log_prob(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "sta
     Raises:
         ValueError: an unknown method, or shapes that do not fit.
     """
-    return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
+    if method != "stable" or jnp.ndim(x) != 2 or x.shape[0] <= _ROWS:
+        return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
+    x, mu, r = _checked(x, mu, r)
+    return jax.lax.platform_dependent(x, mu, r, cpu=_by_rows, default=lambda x, mu, r: _log_prob(x, mu, r).sum(-1))
+
+
+def _by_rows(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:
+    """The sum over genes, some cells at a time: what is computed on the way stays in the cache of a processor."""
+
+    @jax.checkpoint
+    def one(cell: tuple[jax.Array, ...]) -> jax.Array:
+        return _log_prob(cell[0], cell[1], cell[2] if r.ndim == 2 else r).sum(-1)
+
+    return jax.lax.map(one, (x, mu, r) if r.ndim == 2 else (x, mu), batch_size=_ROWS)
 
 
 def nb_log_prob_elements(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: str = "stable") -> jax.Array:
@@ -290,18 +304,22 @@ def nb_log_prob_elements(x: jax.Array, mu: jax.Array, r: jax.Array, *, method: s
     """
     if method not in ("stable", "plain"):
         raise ValueError(f"method is {method!r}; 'stable' or 'plain' was wanted")
+    x, mu, r = _checked(x, mu, r)
+    if method == "stable":
+        return _log_prob(x, mu, r)
+    lgamma = jax.lax.lgamma
+    total = jnp.log(r + mu)
+    return lgamma(x + r) - lgamma(r) - lgamma(x + 1.0) + r * (jnp.log(r) - total) + x * (jnp.log(mu) - total)
+
+
+def _checked(x: jax.Array, mu: jax.Array, r: jax.Array) -> tuple[jax.Array, ...]:
     shapes = jnp.shape(x), jnp.shape(mu), jnp.shape(r)
     if shapes[0] != shapes[1] or shapes[2] not in (shapes[0], shapes[0][-1:], ()):
         raise ValueError(
             f"x, mu and r have shapes {shapes}; (n_cells, n_genes) twice and (n_genes,) or (n_cells, n_genes) "
             "were wanted; align the genes first"
         )
-    x, mu, r = _operands(x, mu, r)
-    if method == "stable":
-        return _log_prob(x, mu, r)
-    lgamma = jax.lax.lgamma
-    total = jnp.log(r + mu)
-    return lgamma(x + r) - lgamma(r) - lgamma(x + 1.0) + r * (jnp.log(r) - total) + x * (jnp.log(mu) - total)
+    return _operands(x, mu, r)
 
 
 def _dispersion_deviance(x: jax.Array, mu: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:

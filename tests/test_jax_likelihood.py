@@ -127,6 +127,21 @@ def test_nb_log_prob_agrees_with_scipy_and_sums_over_genes():
     )
 
 
+@pytest.mark.parametrize("per_cell", [False, True])
+def test_many_cells_are_taken_in_blocks_and_nothing_changes(per_cell):
+    rng = np.random.default_rng(4)
+    n, n_genes = 2 * likelihood._ROWS + 3, 5
+    x, mu = rng.poisson(3.0, (n, n_genes)), rng.gamma(1, 3, (n, n_genes)) + 0.01
+    r, weight = rng.gamma(1, 2, (n, n_genes) if per_cell else n_genes) + 0.01, rng.normal(size=n)
+    loss = lambda mu, r: (weight * likelihood.nb_log_prob(jnp.asarray(x), mu, r)).sum()
+    value, (by_mu, by_r) = jax.jit(jax.value_and_grad(loss, (0, 1)))(jnp.asarray(mu), jnp.asarray(r))
+    assert float(value) == pytest.approx((weight[:, None] * stats.nbinom.logpmf(x, r, r / (r + mu))).sum(), rel=1e-11)
+    np.testing.assert_allclose(by_mu, weight[:, None] * r * (x - mu) / (mu * (r + mu)), rtol=1e-12)
+    slope = special.digamma(x + r) - special.digamma(r) - np.log1p(mu / r) + (mu - x) / (r + mu)
+    slope = weight[:, None] * slope
+    np.testing.assert_allclose(by_r, slope if per_cell else slope.sum(0), rtol=1e-9)
+
+
 def test_nb_log_prob_sums_to_one_over_the_counts():
     x = jnp.arange(5000.0)[:, None]
     for mu, r in ((3.0, 0.7), (40.0, 2.3), (0.2, 900.0)):
