@@ -270,14 +270,14 @@ def print_metrics(console: Console, rows: Sequence[MetricRow]) -> None:
         table.add_column("held-out condition", overflow="fold")
         for metric in metrics:
             table.add_column(metric.short, justify="right", no_wrap=True)
-        shown = largest(groups)
+        shown, declined = largest(groups), {}
         for condition in shown:
             table.add_section()
             table.add_row(Text(condition.name, style="bold"))
             winners = {metric.key: best(groups[condition], metric) for metric in metrics}
             for row in groups[condition]:
                 if row.declined:
-                    table.add_row(Text(f"  {row.method}: declined, {row.declined}", style="dim"))
+                    declined[f"{row.method}: declined, {row.declined}"] = None
                     continue
                 cells = []
                 for metric in metrics:
@@ -286,6 +286,8 @@ def print_metrics(console: Console, rows: Sequence[MetricRow]) -> None:
                     cells.append(Text(f"{text}*" if won else f"{text} ", style="bold" if won else ""))
                 table.add_row(Text(f"  {row.method}"), *cells)
         console.print(table)
+        for reason in declined:
+            console.print(Text(reason, style="dim"))
         if len(shown) < len(groups):
             console.print(f"The {len(shown)} largest of {len(groups)} conditions are shown; metrics.json has all.")
         console.print(
