@@ -281,7 +281,7 @@ def test_hessian_vector_product_of_the_loss_agrees_with_differences_of_the_gradi
     gradient = jax.jit(jax.grad(loss))
     rng = np.random.default_rng(5)
     direction = {name: jnp.asarray(rng.normal(size=value.shape)) for name, value in state.params.items()}
-    _, found = jax.jvp(gradient, (state.params,), (direction,))
+    _, found = jax.jit(lambda p, d: jax.jvp(gradient, (p,), (d,)))(state.params, direction)
     h = 1e-6
     up, down = (gradient(jax.tree.map(lambda p, d, s=s: p + s * h * d, state.params, direction)) for s in (1, -1))
     for name, value in found.items():
@@ -313,14 +313,13 @@ def test_a_step_is_the_mean_gradient_clipped_and_given_to_adam(stage):
     state = start(stage, config)
     batch, noise = inputs(stage, 0)
     new, metrics = SINGLE[stage](state, batch, noise, hyper(0), config=config)
+    loss = lambda p, one, vectors: steps.stage_loss(stage, state.frozen | p, *one, vectors, hypers()["beta"][0], config)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     vectors, total, value = state.carry, None, 0.0
     for k in range(A):
         one = jax.tree.map(lambda leaf, k=k: leaf[k], (batch, noise))
-        function = lambda p, one=one, vectors=vectors: steps.stage_loss(
-            stage, state.frozen | p, *one, vectors, hypers()["beta"][0], config
-        )
-        (loss, (_, vectors)), grads = jax.value_and_grad(function, has_aux=True)(state.params)
-        value += float(loss) / A
+        (part, (_, vectors)), grads = gradient(state.params, one, vectors)
+        value += float(part) / A
         total = grads if total is None else jax.tree.map(jnp.add, total, grads)
     mean = jax.tree.map(lambda leaf: leaf / A, total)
     clipped, norm = steps.clip_by_global_norm(mean, 0.5)
@@ -365,11 +364,13 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(stage):
     batch[spoiled] = batch[spoiled].at[1].set(jnp.nan)
     state, metrics = steps.run_steps(stage, start(stage, config), batch, noise, on_device(hypers()), config=config)
     assert metrics["ok"].tolist() == [True, False, True]
-    skipped = jax.tree.map(lambda leaf: jnp.delete(leaf, 1, axis=0), (batch, noise, on_device(hypers())))
-    wanted, _ = steps.run_steps(stage, start(stage, config), *skipped, config=config)
+    wanted = start(stage, config)
+    for k in (0, 2):
+        one = jax.tree.map(lambda leaf, k=k: leaf[k], (batch, noise))
+        wanted, _ = SINGLE[stage](wanted, *one, hyper(k), config=config)
     assert int(state.count) == S - 1
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, two, rtol=1e-11, atol=1e-14)
+        np.testing.assert_allclose(one, two, rtol=1e-8, atol=1e-12)
 
 
 def test_a_single_step_that_is_not_finite_returns_the_state_bit_for_bit():
@@ -392,13 +393,11 @@ def test_steps_are_traced_once_per_shape():
     assert steps._many_steps._cache_size() == before + 1
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_everything_stays_float32_in_a_float32_run(stage):
+def test_everything_stays_float32_in_a_float32_run_even_where_64_bit_numbers_are_on():
     config = run_config()
-    batch, noise = inputs(stage, dtype="float32")
-    state, metrics = steps.run_steps(
-        stage, start(stage, config, "float32"), batch, noise, on_device(hypers(), "float32"), config=config
-    )
+    state = start("joint", config, "float32")
+    batch, noise = inputs("joint", 0, dtype="float32")
+    state, metrics = steps.joint_step(state, batch, noise, hyper(0, "float32"), config=config)
     for leaf in jax.tree.leaves((state._replace(count=()), metrics | {"ok": ()})):
         assert leaf.dtype == jnp.float32
 
