@@ -110,7 +110,7 @@ def render(diagnosis: Diagnosis) -> str:
             cells.append(f"{found} (table: {expected})" if differs else found)
         lines.append(f"{row.name:{width}}  {cells[0]:22} {cells[1]}")
     changed = sum(any(row.differs) for row in diagnosis.conventions)
-    lines += ["", f"{changed} of {len(diagnosis.conventions)} rows differ from the table of docs/parity.md"]
+    lines += ["", f"{changed} of {len(diagnosis.conventions)} rows differ from the table"]
     lines += [f"hazard: {text}" for text in diagnosis.hazards] or ["no known hazard"]
     return "\n".join(lines)
 

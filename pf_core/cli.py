@@ -311,7 +311,7 @@ def _commas(text: str) -> list[str]:
 
 @app.command()
 def doctor() -> None:
-    """Measure the conventions of the installed frameworks and say which differ from the table in docs/parity.md."""
+    """Measure the conventions of the installed frameworks and say which differ from its own table."""
     from pf_core.errors import ConfigError
 
     try:
