@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pf_core import backends
 from pf_core.checkpoint import Checkpoint, load_arrays
 from pf_core.config import Config
@@ -41,8 +43,24 @@ def replay(path: Path, *, backend: str, device: str, console: Console) -> tuple[
     twin = backends.load(backend, dtype=config.dtype, device=device)
     params = {**state.group("frozen"), **state.group("params")}
     trainable, carry = tuple(facts["trainable"]), state.group("carry")
-    quantity, where = locate(twin, facts["stage"], params, trainable, batch, noise, facts["hyper"], carry, config)
-    console.print(f"stage {facts['stage']}, step {facts['step']}, in {twin.name}:", highlight=False)
+    stage, hyper = facts["stage"], facts["hyper"]
+    before = twin.init(
+        stage,
+        params,
+        trainable=trainable,
+        m=state.group("m"),
+        v=state.group("v"),
+        count=facts["count"],
+        carry=carry,
+    )
+    one = ({name: array[None] for name, array in tree.items()} for tree in (batch, noise))
+    _, metrics = twin.run(
+        stage, before, *one, {name: np.array([value], config.dtype) for name, value in hyper.items()}, config
+    )
+    quantity, where = "", ""
+    if not np.asarray(metrics["ok"])[0]:
+        quantity, where = locate(twin, stage, params, trainable, batch, noise, hyper, carry, config)
+    console.print(f"stage {stage}, step {facts['step']}, in {twin.name}:", highlight=False)
     if quantity == "":
         console.print("every value is finite")
     else:
