@@ -44,6 +44,9 @@ def parameters(config: Config, seed: int = 1, *, off: float = 0.3, features: boo
     for name, value in params.items():
         # Square matrices must not be symmetric, or a transposed one would pass: the draw sees to that.
         params[name] = value + off * generator(seed, "off." + name).standard_normal(value.shape)
+    if config.vae.input == "counts":
+        # As training would leave it: raw counts reach hundreds, and a latent of 1e9 would leave one gene all the mass.
+        params["vae.encoder.hidden.weight"] *= 0.02
     if features:
         params["conditions.features"] = generator(seed, "features").standard_normal((N_PERTURBATIONS, 4))
     return params
