@@ -25,8 +25,8 @@ def vae() -> Iterator[Case]:
     latent = {"z": normal("z", n, d), "tissue": batch["tissue"], "library": batch["library"]}
     for scale in ("library", "softplus"):
         for dispersion, kind in (("gene", "log1p"), ("gene-tissue", "counts")):
-            config = syn.configuration(vae__scale=scale, vae__dispersion=dispersion, vae__input=kind).vae
-            params = select(syn.parameters(syn.configuration(vae__scale=scale, vae__dispersion=dispersion)), "vae")
+            whole = syn.configuration(vae__scale=scale, vae__dispersion=dispersion, vae__input=kind)
+            config, params = whole.vae, select(syn.parameters(whole), "vae")
             if dispersion == "gene-tissue":
                 params["decoder.log_r"] = params["decoder.log_r"] * 40.0  # some beyond their bounds
             label = f"{scale}, {dispersion}, {kind}"

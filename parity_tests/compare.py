@@ -181,8 +181,8 @@ def _leaf(
     if expected.dtype.kind != "f":
         add(quantity, leaf, EQUAL)
         return
-    # What is flushed to zero below the smallest normal number may still be multiplied by weights and directions.
-    underflow = 2.0**20 * float(np.finfo(sides[0].dtype).tiny)
+    # XLA flushes what lies below the smallest normal number to zero; directions and weights then multiply the loss.
+    underflow = 2.0**8 * float(np.finfo(sides[0].dtype).tiny)
     entries = [entry_errors(expected, scale, one, floor_unit(tier, case.terms), underflow) for one in arrays]
     worst = (float(entries[0].max(initial=0.0)), float(entries[1].max(initial=0.0)))
     verdict, detail = judge(worst, tier, case.c), ""
