@@ -314,6 +314,7 @@ def bad_input(twin: Twin) -> str:
     beyond["perturbations"] = np.full_like(beyond["perturbations"], syn.N_PERTURBATIONS)
     far = {"tissue": np.full_like(batch["tissue"], syn.N_TISSUES)}
     hyper = {"lr": 0.1, "beta": 1.0}
+    trained = (at["params"], tuple(at["m"]), syn.operator_batch(config), syn.noise_of("operator", config))
     misuses: dict[str, Callable[[], Any]] = {
         "unknown method": lambda: twin.likelihood.nb_log_prob(ones(2, 3), ones(2, 3), ones(3), method="fast"),
         "genes that do not fit": lambda: twin.likelihood.nb_log_prob(ones(2, 3), ones(2, 5), ones(3)),
@@ -329,8 +330,14 @@ def bad_input(twin: Twin) -> str:
         "nothing to compose": lambda: twin.operators.compose([]),
         "unknown dtype": lambda: twin.bridge.Backend(dtype="float16"),
         "unknown device": lambda: twin.bridge.Backend(device="abacus"),
+        "a tile without rows": lambda: twin.distances.energy_distance(ones(2, 3), ones(5, 3), tile=0),
+        "conditions without a table": lambda: twin.conditions.ConditionEncoder({"theta.weight": np.ones((2, 3))}),
         "unknown stage": lambda: backend.init("flow", at["params"], trainable=()),
         "unknown trainable": lambda: backend.init("vae", at["params"], trainable=("vae.gone",)),
+        "unknown stage, gradients": lambda: backend.gradients("flow", *trained, hyper, at["carry"], config),
+        "unknown trainable, gradients": lambda: backend.gradients(
+            "operator", at["params"], ("gone",), *trained[2:], hyper, at["carry"], config
+        ),
         "moments that do not fit": lambda: backend.init(
             "operator", at["params"], trainable=tuple(at["m"]), m={}, v=at["v"]
         ),

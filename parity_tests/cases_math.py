@@ -229,17 +229,23 @@ def distances() -> Iterator[Case]:
             options = static | {"method": method, "tile": tile}
             yield Case(case, name, inputs, options, quantities=quantities, reason=reason, **both, **extra)
     yield Case("energy_distance/defaults", name, plain, **both)
-    yield Case(
-        "energy_distance/weights are data",
-        name,
-        weighted,
-        {"tile": 5},
-        differentiate=("x", "y", "wx", "wy"),
-        zero=("wx", "wy"),
-        taylor=False,
-        quantities=("value", "gradient"),
-        reason="weights carry no gradient; whether as none or as zero is left to the framework's custom rules",
-    )
+    for label, static in {
+        "weights are data": {"tile": 5},
+        "weights are data, u": {"tile": 5, "estimator": "u"},
+        "weights are data, plain": {"method": "plain"},
+        "weights are data, power 2": {"power": 2, "estimator": "u"},
+    }.items():
+        yield Case(
+            f"energy_distance/{label}",
+            name,
+            weighted,
+            static,
+            differentiate=("x", "y", "wx", "wy"),
+            zero=("wx", "wy"),
+            taylor=False,
+            quantities=("value", "gradient"),
+            reason="weights carry no gradient; whether as none or as zero is left to the framework's custom rules",
+        )
     same = {"x": x, "y": x.copy()}
     yield Case(
         "energy_distance/of a sample with itself",

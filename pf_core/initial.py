@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,6 @@ def operator_parameters(config: OperatorConfig, n_latent: int, sizes: Sizes, see
     return params
 
 
-def select(params: Mapping[str, np.ndarray], prefix: str) -> Parameters:
+def select(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The parameters below a dotted prefix, with the prefix cut off."""
     return {name[len(prefix) + 1 :]: value for name, value in params.items() if name.startswith(prefix + ".")}

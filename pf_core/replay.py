@@ -53,10 +53,9 @@ def replay(path: Path, *, backend: str, device: str, console: Console) -> tuple[
         count=facts["count"],
         carry=carry,
     )
-    one = ({name: array[None] for name, array in tree.items()} for tree in (batch, noise))
-    _, metrics = twin.run(
-        stage, before, *one, {name: np.array([value], config.dtype) for name, value in hyper.items()}, config
-    )
+    one = lambda tree: {name: np.asarray(array)[None] for name, array in tree.items()}
+    rates = {name: np.array([value], config.dtype) for name, value in hyper.items()}
+    _, metrics = twin.run(stage, before, one(batch), one(noise), rates, config)
     quantity, where = "", ""
     if not np.asarray(metrics["ok"])[0]:
         quantity, where = locate(twin, stage, params, trainable, batch, noise, hyper, carry, config)

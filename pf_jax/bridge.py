@@ -72,7 +72,7 @@ def _leaf_to_backend(leaf: Any, dtype: str | None, place: Any) -> jax.Array:
 def to_numpy(tree: Any) -> Any:
     """Arrays of this framework as NumPy arrays.
 
-    Nothing is differentiated. On the CPU, those of PyTorch share the tensors' memory.
+    Nothing is differentiated. The result shares no memory with the tree.
 
     Args:
         tree: an array, or a nested container of arrays.

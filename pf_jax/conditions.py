@@ -46,6 +46,11 @@ class ConditionEncoder(nnx.Module):
     """
 
     def __init__(self, params: Mapping[str, Any]):
+        if "perturbation.table" not in params and not {"perturbation.map", "features"} <= set(params):
+            raise ValueError(
+                f"condition parameters are {', '.join(sorted(params))}; "
+                "perturbation.table, or perturbation.map with features, was wanted"
+            )
         perturbation = select(params, "perturbation")
         self.perturbation = (
             FeatureMap(perturbation, params["features"]) if "map" in perturbation else Table(perturbation)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pf_core.config import Config
 from pf_core.health import Health, judge
+from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
-from pf_torch.layers import select
 from pf_torch.operators import OperatorFamily
 from pf_torch.probe import recording
-from pf_torch.steps import TrainState, check_stage, evaluate, init_state, run_steps, stage_loss
+from pf_torch.steps import TrainState, check_stage, check_trainable, evaluate, init_state, run_steps, stage_loss
 from pf_torch.vae import NBVAE
 
 __all__ = ["Backend", "gradient_health", "synchronize", "to_backend", "to_numpy", "value_and_grad"]
@@ -69,7 +69,7 @@ def to_backend(tree: Any, dtype: str | None = None, device: str | torch.device |
 def to_numpy(tree: Any) -> Any:
     """Arrays of this framework as NumPy arrays.
 
-    Nothing is differentiated. On the CPU, those of PyTorch share the tensors' memory.
+    Nothing is differentiated. The result shares no memory with the tree.
 
     Args:
         tree: an array, or a nested container of arrays.
@@ -77,7 +77,13 @@ def to_numpy(tree: Any) -> Any:
     Returns:
         The same structure.
     """
-    return _map(lambda leaf: leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf, tree)
+
+    def own_copy(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        return np.array(leaf.detach().cpu().numpy() if isinstance(leaf, Tensor) else leaf, copy=True)
+
+    return _map(own_copy, tree)
 
 
 def synchronize(tree: Any) -> Any:
@@ -464,6 +470,8 @@ class Backend:
         Raises:
             ValueError: an unknown stage, or an index beyond its table.
         """
+        check_stage(stage)
+        check_trainable(trainable, params)
         _check_indices(params, batch, carry)
         weights = self._to(dict(params))
         trained = {name: weights[name] for name in sorted(trainable)}

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pf_torch.layers import Linear, own, select
+from pf_core.initial import select
+from pf_torch.layers import Linear, own
 from pf_torch.probe import record
 
 __all__ = ["ConditionEncoder"]

@@ -328,6 +328,8 @@ def energy_distance(
     _check(x, y, wx, wy, estimator, power, 2, smoothing)
     if method not in ("tiled", "plain"):
         raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
+    if tile < 1:
+        raise ValueError(f"tile is {tile}; a positive number of rows was wanted")
     a, b = (None if w is None else w[None] for w in (wx, wy))
     return _energy(x[None], y[None], a, b, estimator, power, smoothing, method, tile)[0]
 

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Linear", "one_hot", "own", "select", "softplus"]
+from pf_core.initial import select
+
+__all__ = ["MLP", "Linear", "one_hot", "own", "softplus"]
 
 
 def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> None:
@@ -26,11 +28,6 @@ def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> 
         module.register_parameter(name, value)
     else:
         module.register_buffer(name, value)
-
-
-def select(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The parameters below a dotted prefix, with the prefix cut off."""
-    return {name[len(prefix) + 1 :]: value for name, value in params.items() if name.startswith(prefix + ".")}
 
 
 def one_hot(index: Tensor, n: int, dtype: torch.dtype) -> Tensor:

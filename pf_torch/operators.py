@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pf_torch.layers import MLP, own, select
+from pf_core.initial import select
+from pf_torch.layers import MLP, own
 from pf_torch.probe import record
 
 __all__ = ["OperatorFamily", "apply_operator", "commutator_norm", "compose", "identity_penalty", "response_profile"]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, NORMALISED_TOTAL, Config
+from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
 from pf_torch.distances import energy_distance_grouped
-from pf_torch.layers import select
 from pf_torch.likelihood import elbo_loss
 from pf_torch.operators import OperatorFamily, apply_operator, identity_penalty
 from pf_torch.probe import record
@@ -86,9 +86,7 @@ def init_state(
         ValueError: a trainable name that is not a parameter, moments of other names or shapes, or float64 in a
             process where JAX has 64-bit numbers off.
     """
-    missing = sorted(set(trainable) - set(params))
-    if missing:
-        raise ValueError(f"trainable names {', '.join(missing)} are not parameters; known: {', '.join(params)}")
+    check_trainable(trainable, params)
 
     def copy(tree: Mapping[str, Any]) -> Tensors:
         kind = getattr(torch, dtype)
@@ -155,9 +153,7 @@ def _operator_terms(
         bounded, counted, start = torch.cat([family.A0, family.B]), None, carry["v_bases"]
     else:
         # Each operator is bounded once: padding does not count, nor does a second group of the same operator.
-        counted = (weight > 0).to(A.dtype)
-        if "distinct" in batch:
-            counted = counted * batch["distinct"]
+        counted = (weight > 0).to(A.dtype) * batch["distinct"]
         bounded, start = A, carry["v"][batch["slot"]] if settings.warm_start else noise["v0"]
     penalty, v = spectral_penalty(
         bounded, start, rho_max=settings.rho_max, n_iter=settings.power_iterations, weight=counted
@@ -243,6 +239,13 @@ def joint_loss(
     elbo, (cell_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
     loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
     return loss, ({**parts, "gene_energy": gene_energy.detach(), **cell_parts}, carry)
+
+
+def check_trainable(trainable: Collection[str], params: Mapping[str, Any]) -> None:
+    """Raise ValueError for names that are not parameters."""
+    missing = sorted(set(trainable) - set(params))
+    if missing:
+        raise ValueError(f"trainable names {', '.join(missing)} are not parameters; known: {', '.join(params)}")
 
 
 def check_stage(stage: str) -> None:

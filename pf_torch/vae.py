@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pf_core.config import MU_FLOOR, VAEConfig
-from pf_torch.layers import Linear, one_hot, own, select, softplus
+from pf_core.initial import select
+from pf_torch.layers import Linear, one_hot, own, softplus
 from pf_torch.likelihood import inverse_dispersion, reparameterize
 from pf_torch.probe import record
 

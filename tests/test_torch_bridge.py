@@ -55,6 +55,7 @@ def batch(stage="vae"):
         "wy": np.ones((5, 6), "float32"),
         "weight": np.ones(5, "float32"),
         "slot": np.arange(1, 6, dtype="int32"),
+        "distinct": np.ones(5),
     }
     noise = {"eps": rng.standard_normal((11, D)), "v0": rng.standard_normal((5, D))}
     return (cells if stage == "vae" else groups), noise, {"v": rng.standard_normal((6, D))}

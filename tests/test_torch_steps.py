@@ -10,10 +10,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from pf_core.config import Config, OperatorConfig, StageConfig, VAEConfig  # noqa: E402
-from pf_core.initial import Sizes, operator_parameters, vae_parameters  # noqa: E402
+from pf_core.initial import Sizes, operator_parameters, select, vae_parameters  # noqa: E402
 from pf_torch.conditions import ConditionEncoder  # noqa: E402
 from pf_torch.distances import energy_distance  # noqa: E402
-from pf_torch.layers import select  # noqa: E402
 from pf_torch.likelihood import elbo_loss  # noqa: E402
 from pf_torch.operators import OperatorFamily  # noqa: E402
 from pf_torch.spectral import spectral_norm  # noqa: E402
@@ -73,6 +72,7 @@ def case(seed=0, dtype=torch.float64, **operator):
         "wy": rng.uniform(0.1, 1, (P, M)),
         "weight": np.array([1.0, 2.0, 1.0, 1.0, 0.0]),
         "slot": np.array([1, 2, 3, 4, 0]),
+        "distinct": np.array([1.0, 1.0, 1.0, 1.0, 0.0]),
     }
     latents = {"x": rng.standard_normal((P, N, D)), "y": rng.standard_normal((P, M, D)) + 1}
     sides = {"x_counts": counts(P, N), "y_counts": counts(P, M)}
@@ -231,6 +231,7 @@ def test_an_operator_met_twice_is_penalised_once():
     settings, params, batches, noise, carry = case()
     b = batches["operator"]
     b["weight"] = torch.ones(P).double()
+    b["distinct"] = torch.ones(P).double()
     each = [
         loss_of("operator", params, {"operator": {**b, "distinct": torch.eye(P).double()[p]}}, noise, carry, settings)
         for p in range(P)
