@@ -211,7 +211,10 @@ def the_model(twin: Twin) -> str:
         wrong = _differs(found, wanted)
         if wrong:
             return f"{name}: {wrong}"
-    return ""
+    other = syn.parameters(config, seed=2)
+    wanted = oracles.NBVAE(config.vae, select(other, "vae")).encode(batch["counts"], batch["tissue"])
+    wrong = _differs(backend.encode(other, batch["counts"], batch["tissue"], config), wanted)
+    return f"encode, other parameters: {wrong}" if wrong else ""
 
 
 def diagnosis(twin: Twin) -> str:
@@ -273,7 +276,10 @@ def loss_gradients(twin: Twin) -> str:
     absent = {name for name, grad in grads.items() if grad is None}
     if absent != {name for name in names if name.startswith("vae.")}:
         return f"no path to {sorted(absent)}"
-    return ""
+    batch, noise = syn.vae_batch(), syn.noise_of("vae", config)
+    loss, _ = backend.gradients("vae", at["params"], names, batch, noise, {"lr": 0.0, "beta": 0.375}, {}, config)
+    wanted = oracle_steps.loss_of("vae", at["params"], batch, noise, {}, config, 0.375)[0]
+    return "the loss of stage vae is wrong" if _differs(loss, wanted) else ""
 
 
 def arrays(twin: Twin) -> str:

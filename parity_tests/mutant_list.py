@@ -437,6 +437,52 @@ JAX: list[tuple[str, str, str, str]] = [
         "trainable = sorted(trainable)",
         "trainable = sorted(name for name in params if name != 'conditions.features')",
     ),
+    # layers, probe and bridge
+    (
+        "layers",
+        "weight transposed when square",
+        "matmul(x, self.weight[...]) +",
+        "matmul(x, self.weight[...].T if self.weight.shape[0] == self.weight.shape[1] else self.weight[...]) +",
+    ),
+    ("layers", "bias forgotten", "matmul(x, self.weight[...]) + self.bias[...]", "matmul(x, self.weight[...])"),
+    ("layers", "rows of a table off by one", "return self.table[...][index]", "return self.table[...][index - 1]"),
+    ("probe", "a name met again overwrites", "while key in store:", "while False:"),
+    (
+        "bridge",
+        "zero in the place of no gradient",
+        "grads[name] if reads[name] or bool((grads[name] != 0).any()) else None",
+        "grads[name]",
+    ),
+    (
+        "bridge",
+        "no gradient in the place of zero",
+        "grads[name] if reads[name] or bool((grads[name] != 0).any()) else None",
+        "grads[name] if bool((grads[name] != 0).any()) else None",
+    ),
+    ("bridge", "an export loses the count", '"count": int(state.count)', '"count": 0'),
+    ("bridge", "an export confuses the moments", '"v": to_numpy(state.v)', '"v": to_numpy(state.m)'),
+    ("bridge", "float32 on the way in", "kind = np.dtype(dtype or kind)", "kind = np.dtype(np.float32)"),
+    ("bridge", "negative indices are not noticed", "if low < 0 or high >= limit:", "if high >= limit:"),
+    ("bridge", "evaluation with another beta", "config=config, beta=beta)\n", "config=config, beta=1.0)\n"),
+    (
+        "bridge",
+        "gradients with another beta",
+        'beta = self._arrays(np.asarray(hyper["beta"], np.float64))',
+        "beta = self._arrays(np.asarray(1.0))",
+    ),
+    ("bridge", "point and direction of the derivative swapped", "(z,), (direction,))[1]", "(direction,), (z,))[1]"),
+    (
+        "bridge",
+        "parameters of an earlier call",
+        "if self._cached is None or self._cached[0] != key:",
+        "if self._cached is None:",
+    ),
+    (
+        "bridge",
+        "the loss is diagnosed before what led to it",
+        'found["loss"] = found.pop("loss")',
+        "found = {'loss': found.pop('loss'), **found}",
+    ),
 ]
 
 TORCH: list[tuple[str, str, str, str]] = [
@@ -542,6 +588,10 @@ TORCH: list[tuple[str, str, str, str]] = [
     ("bridge", "an export loses the count", '"count": state.count}', '"count": 0}'),
     ("bridge", "float32 on the way in", "return to_backend(tree, self.dtype, self.device)", 'return to_backend(to_backend(tree, "float32"), self.dtype, self.device)'),
     ("bridge", "indices are not checked", "if index.size and (index.min() < 0 or index.max() >= n):", "if False:"),
+    ("bridge", "an export confuses the moments", '"v": state.v,', '"v": state.m,'),
+    ("bridge", "evaluation with another beta", "config=config, beta=beta)\n", "config=config, beta=1.0)\n"),
+    ("bridge", "gradients with another beta", 'carry_, hyper["beta"], config)[0]', "carry_, 1.0, config)[0]"),
+    ("bridge", "point and direction of the derivative swapped", "(self._to(z),), (self._to(direction),))[1]", "(self._to(direction),), (self._to(z),))[1]"),
     ("probe", "a name met again overwrites", "while key in values:", "while False:"),
 ]  # fmt: skip
 
