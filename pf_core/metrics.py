@@ -51,14 +51,18 @@ def energy_distance(x: np.ndarray, y: np.ndarray, *, estimator: str = "u", power
     metric = "euclidean" if power == 1 else "sqeuclidean"
     n, m = len(x), len(y)
     own = (n * (n - 1), m * (m - 1)) if estimator == "u" else (n * n, m * m)
-    between = 2.0 * _sum_of_distances(x, y, metric) / (n * m)
-    return between - _sum_of_distances(x, x, metric) / own[0] - _sum_of_distances(y, y, metric) / own[1]
+    between = 2.0 * sum_of_distances(x, y, metric) / (n * m)
+    return between - sum_of_distances(x, x, metric) / own[0] - sum_of_distances(y, y, metric) / own[1]
 
 
-def _sum_of_distances(x: np.ndarray, y: np.ndarray, metric: Literal["euclidean", "sqeuclidean"]) -> float:
+def sum_of_distances(
+    x: np.ndarray, y: np.ndarray, metric: Literal["euclidean", "sqeuclidean"] = "euclidean", *, floor: float = 0.0
+) -> float:
+    """Sum over all pairs of max(distance, floor), for x (n, d) and y (m, d), with at most CHUNK distances at once."""
     rows = max(1, CHUNK // len(y))
     # Differences, not a Gram form: no digit is lost where the mean is large against the spread.
-    return float(sum(cdist(x[start : start + rows], y, metric).sum() for start in range(0, len(x), rows)))
+    blocks = (cdist(x[start : start + rows], y, metric) for start in range(0, len(x), rows))
+    return float(sum((block if floor == 0 else np.maximum(block, floor)).sum() for block in blocks))
 
 
 def normalise(counts) -> Csr:
