@@ -65,17 +65,26 @@ def sum_of_distances(
     return float(sum((block if floor == 0 else np.maximum(block, floor)).sum() for block in blocks))
 
 
-def normalise(counts) -> Csr:
+def normalise(counts, *, total: float = NORMALISED_TOTAL) -> Csr:
     """log1p of counts scaled to 1e4 per cell, sparse, float64. A cell without counts stays zero.
 
     Args:
         counts: (n_cells, n_genes) sparse or dense, not negative.
+        total: what a cell is scaled to; cell-eval and scanpy's default is `median_total` of each file.
     """
+    if not (total > 0 and np.isfinite(total)):
+        raise ValueError(f"total={total}; a positive number of counts per cell was wanted")
     normalised: Csr = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
     totals = np.asarray(normalised.sum(axis=1)).ravel()
-    factor = np.divide(NORMALISED_TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
+    factor = np.divide(total, totals, out=np.zeros_like(totals), where=totals > 0)
     normalised.data = np.log1p(normalised.data * np.repeat(factor, np.diff(normalised.indptr)))
     return normalised
+
+
+def median_total(counts) -> float:
+    """Median of the counts per cell, over cells that have any; NaN where none has."""
+    totals = np.asarray(sparse.csr_matrix(counts, dtype=np.float64).sum(axis=1)).ravel()
+    return float(np.median(totals[totals > 0])) if np.any(totals > 0) else float("nan")
 
 
 @dataclass(frozen=True)
