@@ -17,6 +17,7 @@ from pf_core.config import NORMALISED_TOTAL
 from pf_core.outputs import Csr
 
 CHUNK = 4_000_000  # distances held at once (32 MB)
+TOP_GENES = 1000  # of r2_top and l2_top
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray, *, estimator: str = "u", power: int = 1) -> float:
@@ -164,6 +165,35 @@ def r2_means(real: np.ndarray, predicted: np.ndarray) -> float:
 def mse_means(real: np.ndarray, predicted: np.ndarray) -> float:
     """Mean over genes of the squared difference of the mean profiles."""
     return float(np.mean((np.asarray(real, dtype=np.float64) - predicted) ** 2))
+
+
+def highest_genes(mean: np.ndarray, n: int = TOP_GENES) -> np.ndarray:
+    """Indices of the n genes of the highest mean, the highest first; all genes where there are no more than n.
+
+    Args:
+        mean: (n_genes,) mean profile that says what is high. Take the control cells', which no method predicts.
+        n: how many.
+    """
+    mean = np.asarray(mean, dtype=np.float64)
+    if mean.ndim != 1 or n < 1:
+        raise ValueError(f"mean has shape {mean.shape} and n is {n}; (n_genes,) and 1 or more were wanted")
+    return np.argsort(-mean, kind="stable")[:n]
+
+
+def r2_top(real: np.ndarray, predicted: np.ndarray, control: np.ndarray, *, n: int = TOP_GENES) -> float:
+    """r2_means on the n genes that are highest in the control cells. At most 1, which is best; below 0 is possible."""
+    genes = highest_genes(control, n)
+    return r2_means(np.asarray(real)[genes], np.asarray(predicted)[genes])
+
+
+def l2_top(real: np.ndarray, predicted: np.ndarray, control: np.ndarray, *, n: int = TOP_GENES) -> float:
+    """Euclidean distance of the mean profiles over the n genes that are highest in the control cells. 0 is best.
+
+    A norm, not a mean: it grows with n. The prediction error of Ahlmann-Eltze, Huber and Anders (2025),
+    doi:10.1038/s41592-025-02772-6, on log-normalised means.
+    """
+    genes = highest_genes(control, n)
+    return float(np.linalg.norm(np.asarray(real, dtype=np.float64)[genes] - np.asarray(predicted)[genes]))
 
 
 def score(real, predicted, control, pca: PCA) -> dict[str, float]:

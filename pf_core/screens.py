@@ -74,9 +74,14 @@ class Screen:
         codes = self.codes() if codes is None else codes
         cells = self.cells if cells is None else cells
         sizes = np.bincount(codes, minlength=len(self.perturbations) + 1)
-        ones = sparse.csr_matrix((1.0 / sizes[codes], (codes, np.arange(len(codes)))), (len(sizes), len(codes)))
-        means: Csr = ones @ cells
-        return means.toarray()
+        # Sums first: the mean of equal values is then that value, and no change is exactly 0.
+        ones = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))), (len(sizes), len(codes)))
+        sums: Csr = ones @ cells
+        return sums.toarray() / sizes[:, None]
+
+    def take(self, cells: np.ndarray) -> Screen:
+        """The screen of these cells (indices; they may repeat)."""
+        return Screen(self.cells[cells], self.labels[cells], self.genes, control=self.control)
 
     def of(self, label: str) -> Csr:
         """The cells with a label."""
