@@ -78,8 +78,8 @@ def vcc_score(predicted: VccParts, baseline: VccParts) -> float:
     part that is undefined counts as 0. 1 is perfect, 0 no better than the baseline in anything; the leaderboard shows
     100 times this. The Challenge's baseline predicts the mean profile of all training perturbations for every cell.
 
-    Since a part that is worse than the baseline costs nothing, a prediction can give up MAE altogether and gain on the
-    other two; that was done. Look at the parts.
+    Below the baseline a part costs nothing more, so a prediction can give up MAE altogether and gain on the other two.
+    Look at the parts.
 
     Source: virtualcellchallenge.org/evaluation (2025); cell-eval 0.8.2, `score_agg_metrics` on the profile "vcc".
 

@@ -69,6 +69,13 @@ def test_kinds_without_a_factor_are_our_energy_distance(kind, estimator, power):
     assert edistance(x, y, kind=kind) == energy_distance(x, y, estimator=estimator, power=power)
 
 
+def test_pertpys_distance_exceeds_rapids_by_the_mean_distance_within_over_the_number_of_cells():
+    x, y = _cells()
+    within = [_mean(_distance(s[i], s[j]) for i in range(len(s)) for j in range(i)) / len(s) for s in (x, y)]
+    difference = edistance(x, y, kind="pertpy") - edistance(x, y, kind="rapids")
+    assert difference == pytest.approx(sum(within), rel=1e-12)
+
+
 def test_bad_input_is_refused():
     x, y = _cells()
     with pytest.raises(ValueError, match="one of 'scperturb'"):

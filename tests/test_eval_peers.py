@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from pf_core import de_metrics, differential, metrics, mmd, vcc
+from pf_core import ceiling, de_metrics, differential, metrics, mmd, screen_metrics, vcc
 from pf_core.edistance import edistance
 from pf_core.noise import generator
 from pf_core.screens import Screen
@@ -21,8 +21,8 @@ LABELS = ("control", "g3", "g5", "g3+g5", "drug", "nothing", "weak")
 N_GENES = 127
 
 
-def _peer(name: str):
-    return pytest.importorskip(name, reason=f"{name} is not installed; it comes with the extra `eval`")
+def _peer(name: str, where: str = "it comes with the extra `eval`"):
+    return pytest.importorskip(name, reason=f"{name} is not installed; {where}")
 
 
 def _counts(side: str) -> tuple[sparse.csr_matrix, np.ndarray]:
@@ -199,6 +199,34 @@ def test_overlaps_of_few_genes_equal_cell_evals(k):
         np.testing.assert_array_equal(ours(*tables, k), [theirs[name] for name in tables[0].perturbations])
 
 
+@pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
+def test_discrimination_among_many_perturbations_equals_cell_evals(metric):
+    _peer("cell_eval")
+    types, internal = (importlib.import_module(f"cell_eval.{name}") for name in ("_types", "metrics._anndata"))
+    rng = generator(23, "test_eval_peers.many")
+    genes = [f"g{i}" for i in range(31)]
+    labels = np.array(["control", *genes, *(f"drug{i}" for i in range(22))]).repeat(2)
+    real = rng.gamma(0.5, 1.0, (108, 31)) * (rng.random((108, 31)) < 0.6)
+    predicted = np.maximum(real + 0.8 * rng.standard_normal(real.shape), 0)
+    predicted[2 * np.arange(1, 32), np.arange(31)] += 50  # what the target gene does would decide, if it counted
+    sides = [Screen(cells, labels, genes, control="control") for cells in (real, predicted)]
+    pair = types.PerturbationAnndataPair(*map(_anndata, sides), "target", "control")
+    theirs = internal.discrimination_score(pair, metric=metric)
+    ours = screen_metrics.discrimination_score(*sides, metric=metric)
+    np.testing.assert_allclose(ours, [theirs[name] for name in sides[0].perturbations], rtol=0, atol=1e-12)
+    assert len(set(ours.tolist())) > 7
+    assert not np.array_equal(ours, screen_metrics.discrimination_score(*sides, metric=metric, exclude_target=False))
+
+
+def test_spearman_brown_equals_cell_evals():
+    _peer("cell_eval")
+    polars = _peer("polars")
+    correct = importlib.import_module("cell_eval._evaluator")._spearman_brown_correct
+    for r in (0.73, 0.0, -0.9, 1.0):
+        theirs = correct(polars.DataFrame({"pearson_delta": [r]}))["pearson_delta"][0]
+        np.testing.assert_allclose(ceiling.spearman_brown(r), theirs, rtol=1e-15)
+
+
 def _cells():
     rng = generator(23, "test_eval_peers.cells")
     x, y = rng.standard_normal((53, 11)), 1.5 * rng.standard_normal((37, 11)) + 0.3
@@ -254,7 +282,7 @@ def test_edistance_equals_states_training_loss():
 
 
 def test_edistance_and_mmd_equal_cellflows_to_its_float32():
-    cellflow = _peer("cellflow.metrics")
+    cellflow = _peer("cellflow.metrics", "cellflow-tools 0.0.9 needs an environment of its own, with scipy<1.16")
     x, y = (cells.astype(np.float32) for cells in _cells())
     assert edistance(x, y, kind="cellflow") == pytest.approx(float(cellflow.compute_e_distance(x, y)), rel=1e-5)
     ours = np.mean([mmd.mmd(x, y, gamma=g, estimator="v") for g in (2, 1, 0.5, 0.1, 0.01, 0.005)])
