@@ -1,8 +1,8 @@
 """Metrics of a predicted screen against the real one, from mean profiles and from cells.
 
 Names and values are those of cell-eval 0.8.2 (Arc Institute). Each function returns an array (n_perturbations,) in the
-order of `real.perturbations`, or one number for the screen. What is undefined is NaN, never 0. `summary` in
-`pf_core.vcc` collects all of them.
+order of `real.perturbations`, or one number for the screen. What is undefined is NaN, never 0. `vcc.cell_eval_table`
+collects all of them.
 
 Every change is against the control of its own side: the prediction's mean less the mean of the *predicted* screen's
 controls. Pass the same controls on both sides unless the model predicts control cells too.
@@ -26,6 +26,7 @@ __all__ = [
     "mse_delta",
     "pearson_delta",
     "pearson_edistance",
+    "spearman",
 ]
 
 Metric = Literal["l1", "l2", "cosine"]

@@ -16,6 +16,8 @@ from pf_core.outputs import Csr
 
 __all__ = ["Screen", "check_pair"]
 
+MAX_LOG = 15.0  # log1p of 3 million counts per cell; cell-eval draws the line at the same place
+
 
 class Screen:
     """Log-normalised cells with the perturbation of each.
@@ -38,8 +40,8 @@ class Screen:
             control: the label of the control cells.
 
         Raises:
-            ValueError: lengths do not match, values are not finite, a gene is named twice, there are no control cells
-                or no others.
+            ValueError: lengths do not match, values are not finite or are raw counts, a gene is named twice, there are
+                no control cells or no others.
         """
         self.cells: Csr = sparse.csr_matrix(cells, dtype=np.float64)
         self.labels = np.asarray(labels, dtype=str)
@@ -55,6 +57,11 @@ class Screen:
             raise ValueError("a gene is named twice; make gene names unique")
         if not np.all(np.isfinite(self.cells.data)):
             raise ValueError("cells holds values that are not finite")
+        if self.cells.data.size and self.cells.data.max() > MAX_LOG:
+            raise ValueError(
+                f"cells holds {self.cells.data.max():g}; log1p of normalised counts is at most {MAX_LOG:g}, pass "
+                "metrics.normalise(counts)"
+            )
         found = np.unique(self.labels)
         if self.control not in found:
             raise ValueError(f"no cell is labelled {self.control!r}, the control; labels are {_some(found)}")

@@ -174,14 +174,11 @@ def test_the_table_of_differential_expression_equals_pdexs(mean, epsilon):
             np.testing.assert_allclose(mine, theirs[column].to_numpy(), rtol=TOLERANCE, atol=1e-12, err_msg=column)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 11])
-def test_overlaps_of_few_genes_equal_cell_evals(k):
+def _comparison(real: differential.DETable, predicted: differential.DETable):
+    """cell-eval's comparison of two tables."""
     _peer("cell_eval")
-    types = importlib.import_module("cell_eval._types")
     polars = _peer("polars")
-    # Without epsilon some changes are infinite and tie; cell-eval's order of ties is that of an unstable sort.
-    tables = [differential.differential(screen, epsilon=1e-9) for screen in _screens()]
-    frames = [
+    frames = (
         polars.DataFrame(
             {
                 "target": np.repeat(table.perturbations, len(table.genes)),
@@ -191,12 +188,60 @@ def test_overlaps_of_few_genes_equal_cell_evals(k):
                 "fdr": table.fdr.ravel(),
             }
         )
-        for table in tables
-    ]
-    comparison = types.initialize_de_comparison(*frames)
+        for table in (real, predicted)
+    )
+    return importlib.import_module("cell_eval._types").initialize_de_comparison(*frames)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7, 11])
+def test_overlaps_of_few_genes_equal_cell_evals(k):
+    # Without epsilon some changes are infinite and tie; cell-eval's order of ties is that of an unstable sort.
+    tables = [differential.differential(screen, epsilon=1e-9) for screen in _screens()]
+    comparison = _comparison(*tables)
     for metric, ours in (("overlap", de_metrics.overlap_at), ("precision", de_metrics.precision_at)):
         theirs = comparison.compute_overlap(k=k, metric=metric)
         np.testing.assert_array_equal(ours(*tables, k), [theirs[name] for name in tables[0].perturbations])
+
+
+def _hand_made(side: str, significant: tuple[int, ...]) -> differential.DETable:
+    """A table in which perturbation i has significant[i] significant genes; changes tie."""
+    rng = generator(23, f"test_eval_peers.hand-made.{side}")
+    shape = (len(significant), 29)
+    change = np.round(rng.standard_normal(shape), 1)
+    fdr = rng.choice([0.2, 0.7, 1.0], shape)
+    for row, n in enumerate(significant):
+        fdr[row, rng.permutation(29)[:n]] = rng.choice([1e-300, 1e-7, 0.03], n)
+    names, genes = ([f"{letter}{i:02}" for i in range(n)] for letter, n in zip("pg", shape, strict=True))
+    empty = np.zeros(shape)
+    return differential.DETable(tuple(names), tuple(genes), empty, empty[0], change, empty, fdr, fdr)
+
+
+@pytest.mark.parametrize(
+    ("real", "predicted"),
+    [
+        ((0, 1, 2, 7, 29), (3, 0, 29, 11, 5)),  # none, a single one, all
+        ((0, 0, 0), (3, 0, 1)),  # none anywhere
+        ((5, 3, 2), (0, 0, 0)),
+        ((0, 0, 5), (1, 2, 3)),  # one perturbation only
+        ((5, 5, 5), (1, 2, 3)),  # equal numbers
+    ],
+)
+def test_metrics_of_tables_equal_cell_evals_where_there_is_little_to_compare(real, predicted):
+    tables = _hand_made("real", real), _hand_made("predicted", predicted)
+    comparison, names = _comparison(*tables), tables[0].perturbations
+    theirs = importlib.import_module("cell_eval.metrics._de")
+    for ours, metric in (
+        (de_metrics.de_spearman_lfc_sig, theirs.DESpearmanLFC()),
+        (de_metrics.de_direction_match, theirs.DEDirectionMatch()),
+        (de_metrics.de_sig_genes_recall, theirs.DESigGenesRecall()),
+        (de_metrics.roc_auc, theirs.compute_roc_auc),
+        (de_metrics.pr_auc, theirs.compute_pr_auc),
+    ):
+        found = metric(comparison)
+        wanted = [float("nan") if found.get(name) is None else found[name] for name in names]
+        np.testing.assert_allclose(ours(*tables), wanted, rtol=0, atol=TOLERANCE, err_msg=ours.__name__)
+    wanted = theirs.DESpearmanSignificant()(comparison)
+    np.testing.assert_allclose(de_metrics.de_spearman_sig(*tables), wanted, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "cosine"])
@@ -208,7 +253,7 @@ def test_discrimination_among_many_perturbations_equals_cell_evals(metric):
     labels = np.array(["control", *genes, *(f"drug{i}" for i in range(22))]).repeat(2)
     real = rng.gamma(0.5, 1.0, (108, 31)) * (rng.random((108, 31)) < 0.6)
     predicted = np.maximum(real + 0.8 * rng.standard_normal(real.shape), 0)
-    predicted[2 * np.arange(1, 32), np.arange(31)] += 50  # what the target gene does would decide, if it counted
+    predicted[2 * np.arange(1, 32), np.arange(31)] += 9  # what the target gene does would decide, if it counted
     sides = [Screen(cells, labels, genes, control="control") for cells in (real, predicted)]
     pair = types.PerturbationAnndataPair(*map(_anndata, sides), "target", "control")
     theirs = internal.discrimination_score(pair, metric=metric)
