@@ -40,9 +40,12 @@ class Screen:
             control: the label of the control cells.
 
         Raises:
-            ValueError: lengths do not match, values are not finite or are raw counts, a gene is named twice, there are
-                no control cells or no others.
+            ValueError: a label is missing, lengths do not match, values are not finite or are raw counts, a gene is
+                named twice, there are no control cells or no others.
         """
+        missing = [label for label in labels if not isinstance(label, str)]
+        if missing:
+            raise ValueError(f"labels holds {missing[0]!r}, which is no string; name every cell's perturbation")
         self.cells: Csr = sparse.csr_matrix(cells, dtype=np.float64)
         self.labels = np.asarray(labels, dtype=str)
         self.genes = tuple(str(gene) for gene in genes)

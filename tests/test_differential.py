@@ -129,5 +129,7 @@ def test_a_screen_says_what_is_wrong_with_it():
         Screen(cells, ["A"] * 4, "abc", control="A")
     with pytest.raises(ValueError, match="normalise"):
         Screen(cells + 15, ["A"] * 4 + ["B"], "abc", control="A")
+    with pytest.raises(ValueError, match="labels holds nan"):
+        Screen(cells, ["A", "B", "A", "B", float("nan")], "abc", control="A")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="named twice"):
         Screen(cells, ["A"] * 5, "aba", control="A")
