@@ -17,6 +17,7 @@ from pf_core.config import NORMALISED_TOTAL
 from pf_core.outputs import Csr
 
 CHUNK = 4_000_000  # distances held at once (32 MB)
+TOP_GENES = 1000  # of r2_top and l2_top
 
 
 def energy_distance(x: np.ndarray, y: np.ndarray, *, estimator: str = "u", power: int = 1) -> float:
@@ -51,27 +52,40 @@ def energy_distance(x: np.ndarray, y: np.ndarray, *, estimator: str = "u", power
     metric = "euclidean" if power == 1 else "sqeuclidean"
     n, m = len(x), len(y)
     own = (n * (n - 1), m * (m - 1)) if estimator == "u" else (n * n, m * m)
-    between = 2.0 * _sum_of_distances(x, y, metric) / (n * m)
-    return between - _sum_of_distances(x, x, metric) / own[0] - _sum_of_distances(y, y, metric) / own[1]
+    between = 2.0 * sum_of_distances(x, y, metric) / (n * m)
+    return between - sum_of_distances(x, x, metric) / own[0] - sum_of_distances(y, y, metric) / own[1]
 
 
-def _sum_of_distances(x: np.ndarray, y: np.ndarray, metric: Literal["euclidean", "sqeuclidean"]) -> float:
+def sum_of_distances(
+    x: np.ndarray, y: np.ndarray, metric: Literal["euclidean", "sqeuclidean"] = "euclidean", *, floor: float = 0.0
+) -> float:
+    """Sum over all pairs of max(distance, floor), for x (n, d) and y (m, d), with at most CHUNK distances at once."""
     rows = max(1, CHUNK // len(y))
     # Differences, not a Gram form: no digit is lost where the mean is large against the spread.
-    return float(sum(cdist(x[start : start + rows], y, metric).sum() for start in range(0, len(x), rows)))
+    blocks = (cdist(x[start : start + rows], y, metric) for start in range(0, len(x), rows))
+    return float(sum((block if floor == 0 else np.maximum(block, floor)).sum() for block in blocks))
 
 
-def normalise(counts) -> Csr:
+def normalise(counts, *, total: float = NORMALISED_TOTAL) -> Csr:
     """log1p of counts scaled to 1e4 per cell, sparse, float64. A cell without counts stays zero.
 
     Args:
         counts: (n_cells, n_genes) sparse or dense, not negative.
+        total: what a cell is scaled to; cell-eval and scanpy's default is `median_total` of each file.
     """
+    if not (total > 0 and np.isfinite(total)):
+        raise ValueError(f"total={total}; a positive number of counts per cell was wanted")
     normalised: Csr = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
     totals = np.asarray(normalised.sum(axis=1)).ravel()
-    factor = np.divide(NORMALISED_TOTAL, totals, out=np.zeros_like(totals), where=totals > 0)
+    factor = np.divide(total, totals, out=np.zeros_like(totals), where=totals > 0)
     normalised.data = np.log1p(normalised.data * np.repeat(factor, np.diff(normalised.indptr)))
     return normalised
+
+
+def median_total(counts) -> float:
+    """Median of the counts per cell, over cells that have any; NaN where none has."""
+    totals = np.asarray(sparse.csr_matrix(counts, dtype=np.float64).sum(axis=1)).ravel()
+    return float(np.median(totals[totals > 0])) if np.any(totals > 0) else float("nan")
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,35 @@ def r2_means(real: np.ndarray, predicted: np.ndarray) -> float:
 def mse_means(real: np.ndarray, predicted: np.ndarray) -> float:
     """Mean over genes of the squared difference of the mean profiles."""
     return float(np.mean((np.asarray(real, dtype=np.float64) - predicted) ** 2))
+
+
+def highest_genes(mean: np.ndarray, n: int = TOP_GENES) -> np.ndarray:
+    """Indices of the n genes of the highest mean, the highest first; all genes where there are no more than n.
+
+    Args:
+        mean: (n_genes,) mean profile that says what is high. Take the control cells', which no method predicts.
+        n: how many.
+    """
+    mean = np.asarray(mean, dtype=np.float64)
+    if mean.ndim != 1 or n < 1:
+        raise ValueError(f"mean has shape {mean.shape} and n is {n}; (n_genes,) and 1 or more were wanted")
+    return np.argsort(-mean, kind="stable")[:n]
+
+
+def r2_top(real: np.ndarray, predicted: np.ndarray, control: np.ndarray, *, n: int = TOP_GENES) -> float:
+    """r2_means on the n genes that are highest in the control cells. At most 1, which is best; below 0 is possible."""
+    genes = highest_genes(control, n)
+    return r2_means(np.asarray(real)[genes], np.asarray(predicted)[genes])
+
+
+def l2_top(real: np.ndarray, predicted: np.ndarray, control: np.ndarray, *, n: int = TOP_GENES) -> float:
+    """Euclidean distance of the mean profiles over the n genes that are highest in the control cells. 0 is best.
+
+    A norm, not a mean: it grows with n. The prediction error of Ahlmann-Eltze, Huber and Anders (2025),
+    doi:10.1038/s41592-025-02772-6, on log-normalised means.
+    """
+    genes = highest_genes(control, n)
+    return float(np.linalg.norm(np.asarray(real, dtype=np.float64)[genes] - np.asarray(predicted)[genes]))
 
 
 def score(real, predicted, control, pca: PCA) -> dict[str, float]:

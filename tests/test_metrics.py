@@ -177,3 +177,26 @@ def test_scores_of_an_empty_condition_are_refused():
     counts = _counts(101, 37)
     with pytest.raises(ValueError, match="real holds no cells"):
         metrics.score(counts[:0], counts, counts, metrics.real_pca(counts, n=5))
+
+
+def test_metrics_of_the_highest_genes_equal_numpys_and_scikit_learns():
+    real, predicted, control = _draw("means", 3, 41)
+    genes = sorted(range(41), key=lambda g: -control[g])[:11]
+    assert metrics.highest_genes(control, 11).tolist() == genes
+    wanted = sum((real[g] - predicted[g]) ** 2 for g in genes) ** 0.5
+    assert metrics.l2_top(real, predicted, control, n=11) == pytest.approx(wanted, rel=1e-12)
+    wanted = r2_score(real[genes], predicted[genes])
+    assert metrics.r2_top(real, predicted, control, n=11) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_fewer_genes_than_asked_for_are_all_genes():
+    real, predicted, control = _draw("means", 3, 41)
+    assert metrics.l2_top(real, predicted, control) == pytest.approx(np.linalg.norm(real - predicted), rel=1e-12)
+
+
+def test_normalising_to_the_median_total_leaves_the_median_cell_unscaled():
+    counts = sparse.csr_matrix(np.array([[1, 3], [0, 0], [2, 0], [5, 4]]))
+    assert metrics.median_total(counts) == 4
+    np.testing.assert_allclose(metrics.normalise(counts, total=4).toarray()[0], np.log1p([1, 3]), rtol=1e-15)
+    with pytest.raises(ValueError, match="positive number"):
+        metrics.normalise(counts, total=metrics.median_total(counts[1:2]))
