@@ -240,23 +240,22 @@ def diagnosis(twin: Twin) -> str:
 def gradient_paths(twin: Twin) -> str:
     """value_and_grad tells none from zero, and gradient_health passes that on."""
     array = lambda value: twin.bridge.to_backend(np.asarray(value, np.float64), dtype="float64")
-    params = {"used": array([1.0, 2.0]), "unused": array([3.0]), "cancelled": array([4.0])}
+    params = {"used": array([1.0, 2.0]), "unused": array([3.0]), "flat": array([0.0])}
     value, grads = twin.bridge.value_and_grad(
-        lambda p: (p["used"] * p["used"]).sum() + (p["cancelled"] * 0.0).sum(), params
+        lambda p: (p["used"] * p["used"]).sum() + (p["flat"] * p["flat"]).sum(), params
     )
     if not math.isclose(float(value), 5.0):
         return f"the value is {float(value)}, not 5"
-    if grads["unused"] is not None or grads["used"] is None:
+    if grads["unused"] is not None or grads["used"] is None or grads["flat"] is None:
         return "a parameter without a path has a gradient, or the other way round"
     if not np.array_equal(twin.bridge.to_numpy(grads["used"]), [2.0, 4.0]):
         return "the gradient is wrong"
-    grads = {**grads, "cancelled": array([0.0])}
     verdicts = {k: h.verdict for k, h in twin.bridge.gradient_health(grads, params).items()}
-    if verdicts != {"used": "ok", "unused": "none", "cancelled": "zero"}:
+    if verdicts != {"used": "ok", "unused": "none", "flat": "zero"}:
         return f"verdicts are {verdicts}"
-    ill = {"used": array([np.nan, 1.0]), "unused": array([1e-30]), "cancelled": array([1e30])}
+    ill = {"used": array([np.nan, 1.0]), "unused": array([1e-30]), "flat": array([1e30])}
     verdicts = {k: h.verdict for k, h in twin.bridge.gradient_health(ill, params).items()}
-    if verdicts != {"used": "non-finite", "unused": "tiny", "cancelled": "huge"}:
+    if verdicts != {"used": "non-finite", "unused": "tiny", "flat": "huge"}:
         return f"verdicts are {verdicts}"
     return ""
 
@@ -379,19 +378,20 @@ def bad_input(twin: Twin) -> str:
     return ""
 
 
+# The cheap ones first: a mutant is dropped at the first check that notices it.
 CHECKS: dict[str, Callable[[Twin], str]] = {
     check.__name__: check
     for check in (
-        three_steps,
-        the_guard,
-        the_round_trip,
-        evaluation,
-        the_model,
-        diagnosis,
         gradient_paths,
-        loss_gradients,
         arrays,
         recordings,
+        the_round_trip,
+        the_model,
+        diagnosis,
+        loss_gradients,
         bad_input,
+        evaluation,
+        the_guard,
+        three_steps,
     )
 }
