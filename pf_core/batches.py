@@ -24,17 +24,31 @@ MIN_VALIDATION_CELLS = 5  # a condition with fewer says nothing about a distance
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Names behind the indices of a trained model. Index 0 is "unknown" in all but genes and covariates."""
+    """Names behind the indices of a trained model, and the units of its numbers.
+
+    Index 0 is "unknown" in all but genes and covariates.
+    """
 
     genes: tuple[str, ...]
     perturbations: tuple[str, ...]
     tissues: tuple[str, ...]
     batches: tuple[str, ...]
-    covariates: tuple[str, ...] = ()
+    covariates: tuple[str, ...]
+    dose_units: tuple[float, ...]  # the largest training dose of every perturbation, 1 where there was none
+    covariate_means: tuple[float, ...]  # over the training conditions
+    covariate_scales: tuple[float, ...]  # their standard deviations, 1 for a covariate that does not vary
 
     def codes(self, kind: str, values: Sequence[str] | np.ndarray) -> np.ndarray:
         """Indices of names; 0 for names never seen."""
         return codes(values, getattr(self, kind))
+
+    def relative_doses(self, perturbations: np.ndarray, doses: np.ndarray) -> np.ndarray:
+        """Doses in units of the largest one that training had of the perturbation with that index."""
+        return doses / np.array(self.dose_units)[perturbations]
+
+    def standardised(self, covariates: np.ndarray) -> np.ndarray:
+        """Covariates (n, n_covariates) as the condition encoder reads them; 0 is the mean of training."""
+        return (covariates - np.array(self.covariate_means)) / np.array(self.covariate_scales)
 
 
 @functools.lru_cache(maxsize=8)
@@ -109,12 +123,15 @@ def conditions(groups: Sequence[Group], names: Sequence[str], vocabulary: Vocabu
     batch = vocabulary.codes("batches", [group.batch for group in groups])
     rows = np.flatnonzero(batch)  # pooled groups and batches never seen have no batch: a zero row
     onehot[rows, batch[rows]] = 1.0
+    members = vocabulary.codes("perturbations", names)[np.stack([group.members for group in groups])]
+    doses = vocabulary.relative_doses(members, np.stack([group.doses for group in groups]))
+    covariates = vocabulary.standardised(np.stack([group.covariates for group in groups]))
     return {
-        "perturbations": vocabulary.codes("perturbations", names)[np.stack([group.members for group in groups])],
-        "doses": np.stack([group.doses for group in groups]).astype(dtype),
+        "perturbations": members,
+        "doses": doses.astype(dtype),
         "tissue": vocabulary.codes("tissues", [group.tissue for group in groups]),
         "batch": onehot,
-        "covariates": np.stack([group.covariates for group in groups]).astype(dtype),
+        "covariates": covariates.astype(dtype),
     }
 
 

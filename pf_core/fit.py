@@ -172,12 +172,24 @@ def make_vocabulary(dataset: Dataset, groups: Sequence[Group], featured: Sequenc
     """Names that training gives a meaning to; everything else is unknown to the model."""
     members = {dataset.perturbations[i] for g in groups for i, dose in zip(g.members, g.doses, strict=True) if dose}
     batches = sorted({group.batch for group in groups} - {"", UNKNOWN})
+    perturbations = vocabulary(sorted({*members, *featured}))
+    largest: dict[str, float] = {}
+    for group in groups:
+        for index, dose in zip(group.members, group.doses, strict=True):
+            name = dataset.perturbations[index]
+            largest[name] = max(largest.get(name, 0.0), float(dose))
+    covariates = np.stack([group.covariates for group in groups]).astype(np.float64)
+    means, scales = covariates.mean(axis=0), covariates.std(axis=0)
+    varies = scales > 1e-6 * np.maximum(np.abs(means), 1e-12)  # below, it is the rounding of a mean
     return Vocabulary(
         genes=tuple(map(str, dataset.genes)),
-        perturbations=vocabulary(sorted({*members, *featured})),
+        perturbations=perturbations,
         tissues=vocabulary([group.tissue for group in groups]),
         batches=(UNKNOWN, *batches) if batches else (),
         covariates=dataset.config.covariates,
+        dose_units=tuple(largest.get(name, 0.0) or 1.0 for name in perturbations),
+        covariate_means=tuple(map(float, means)),
+        covariate_scales=tuple(map(float, np.where(varies, scales, 1.0))),
     )
 
 

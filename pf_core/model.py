@@ -161,20 +161,20 @@ class Model:
         width = max(len(members), 1)
         perturbations, doses = np.zeros((rows, width), np.int32), np.zeros((rows, width), dtype)
         perturbations[:, : len(members)] = codes
-        doses[:, : len(members)] = [dose for _, dose in members]
+        doses[:, : len(members)] = self.vocabulary.relative_doses(codes, np.array([dose for _, dose in members]))
         onehot = np.zeros((rows, len(self.vocabulary.batches)), dtype)
         if batches is not None:
             batch = self.vocabulary.codes("batches", batches)
             known = np.flatnonzero(batch)
             onehot[known, batch[known]] = 1.0
-        if covariates is None:
-            covariates = np.zeros((rows, len(self.vocabulary.covariates)))
+        if covariates is None:  # those of an average training condition
+            covariates = np.tile(self.vocabulary.covariate_means, (rows, 1))
         return {
             "perturbations": perturbations,
             "doses": doses,
             "tissue": self.vocabulary.codes("tissues", tissues),
             "batch": onehot,
-            "covariates": np.asarray(covariates, dtype),
+            "covariates": self.vocabulary.standardised(covariates).astype(dtype),
         }
 
     def operators(self, conditions: Arrays, labels: Sequence[str]) -> list[Operator]:

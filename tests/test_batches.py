@@ -152,3 +152,30 @@ def test_draw_is_without_replacement_and_pads_with_weight_zero():
     chosen, weight = draw(np.arange(100), 5, np.random.default_rng(0))
     assert len(set(chosen)) == 5
     assert weight.sum() == 5
+
+
+def test_what_the_encoder_reads_does_not_depend_on_the_units_of_doses_and_covariates():
+    def rows(dose_unit: float, year: float) -> dict:
+        adata = simulate(0, n_genes=23, n_control=17, n_single=11, n_pair=7)
+        draw = np.random.default_rng(3)
+        adata.obs["dose"] = dose_unit * draw.choice([0.25, 1.0], adata.n_obs)
+        adata.obs["age"] = 1950.0 * year + year * draw.normal(size=adata.n_obs)
+        dataset = load(adata, DataConfig(genes=0, dose="dose", covariates=("age",)))
+        found = training_groups(dataset, split(dataset, CONFIG.data, 0))
+        return conditions(found, dataset.perturbations, make_vocabulary(dataset, found), "float64")
+
+    plain, scaled = rows(1.0, 1.0), rows(1000.0, 365.0)
+    assert plain["doses"].max() == 1.0
+    np.testing.assert_allclose(plain["covariates"].mean(axis=0), 0.0, atol=1e-9)
+    np.testing.assert_allclose(plain["covariates"].std(axis=0), 1.0, rtol=1e-9)
+    np.testing.assert_allclose(scaled["doses"], plain["doses"], rtol=1e-12)
+    np.testing.assert_allclose(scaled["covariates"], plain["covariates"], atol=2e-2)  # read as float32 of 1950 years
+
+
+def test_a_covariate_that_does_not_vary_is_read_as_zero(parts):
+    adata = simulate(0, n_genes=23, n_control=17, n_single=11, n_pair=7)
+    adata.obs["age"] = 41.0
+    dataset = load(adata, DataConfig(genes=0, covariates=("age",)))
+    found = training_groups(dataset, split(dataset, CONFIG.data, 0))
+    rows = conditions(found, dataset.perturbations, make_vocabulary(dataset, found), "float32")
+    assert not rows["covariates"].any()
