@@ -84,16 +84,18 @@ def likelihood() -> Iterator[Case]:
     yield Case("nb_log_prob/nearly Poisson, mean near the count", "likelihood.nb_log_prob", near_poisson, **both)
     zeros = usual | {"x": np.zeros(shape)}
     yield Case("nb_log_prob/all counts zero", "likelihood.nb_log_prob", zeros, **both)
-    data = usual | {"r": usual["r"]}
-    yield Case(
-        "nb_log_prob/counts carry no gradient",
-        "likelihood.nb_log_prob",
-        data,
-        differentiate=("x", "mu", "r"),
-        none=("x",),
-        taylor=False,
-        quantities=("value", "gradient"),
-    )
+    for method in ("stable", "plain"):
+        yield Case(
+            f"nb_log_prob/counts carry no gradient, {method}",
+            "likelihood.nb_log_prob",
+            usual,
+            {"method": method},
+            differentiate=("x", "mu", "r"),
+            none=("x",),
+            taylor=False,
+            quantities=("value", "gradient"),
+            terms=32,
+        )
     plain = {"static": {"method": "plain"}, "terms": 32, "quantities": FIRST}
     plain["reason"] = "for comparison only; torch.polygamma(1, x) is 1e-10 off in float64, so no second derivative"
     yield Case("nb_log_prob/plain form", "likelihood.nb_log_prob", usual, **both, **plain)
