@@ -71,16 +71,22 @@ def _attempted(name: str, attempt: int) -> str:
 
 
 class CellSource:
-    """Stage 1: batches of single cells."""
+    """Batches of single cells: stage 1, and the ELBO of stage 3."""
 
     def __init__(
-        self, dataset: Dataset, train: np.ndarray, validation: np.ndarray, vocabulary: Vocabulary, config: Config
+        self,
+        dataset: Dataset,
+        train: np.ndarray,
+        validation: np.ndarray,
+        vocabulary: Vocabulary,
+        config: Config,
+        batch_size: int,
     ) -> None:
         self.dataset, self.config = dataset, config
         self.train, self.held = train, validation
         self.tissue = vocabulary.codes("tissues", dataset.tissue)
         self.library = dataset.library().astype(config.dtype)
-        self.size = min(config.stage_vae.batch_size, len(train))
+        self.size = min(batch_size, len(train))
 
     def cells(self, indices: np.ndarray, size: int) -> Arrays:
         """A batch of these cells, padded with weight 0 to a fixed size."""

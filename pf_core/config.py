@@ -127,7 +127,7 @@ class StageConfig:
     """How long and with which optimiser one stage is trained."""
 
     max_steps: int = 1500
-    batch_size: int = 256  # cells per step (stage 1, and the ELBO of stage 3)
+    batch_size: int = 256  # cells per step: stage 1, and the ELBO of stage 3; stage 2 has conditions_per_step
     learning_rate: float = 1e-3
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 50  # steps over which the learning rate rises linearly

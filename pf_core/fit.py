@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,7 +286,7 @@ def _train(
         n_covariates=len(names.covariates),
         n_features=0 if features is None else features.shape[1],
     )
-    cells = CellSource(dataset, split.train, split.validation, names, config)
+    cells = partial(CellSource, dataset, split.train, split.validation, names, config)
     params = start_vae(vae_parameters(config.vae, sizes, config.seed), dataset, split.train, config.vae)
 
     def stage(name: str, source: Any, params: Parameters, trainable: Callable[[str], bool], carry: Any) -> Parameters:
@@ -309,7 +310,7 @@ def _train(
             progress=show,
         )
 
-    params = stage("vae", cells, params, lambda name: True, {})
+    params = stage("vae", cells(config.stage_vae.batch_size), params, lambda name: True, {})
     latents = Model(config, names, params, twin, run).encode(dataset)
     groups = training_groups(dataset, split)
     held = validation_groups(dataset, split)
@@ -325,7 +326,7 @@ def _train(
         return not name.startswith("vae.") and name != "conditions.features"
 
     params = stage("operator", source, {**params, **start}, operator_part, carry)
-    joint = JointSource(cells, latents, groups, held, names, config)
+    joint = JointSource(cells(config.stage_joint.batch_size), latents, groups, held, names, config)
     return stage("joint", joint, params, lambda name: name != "conditions.features", carry)
 
 

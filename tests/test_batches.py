@@ -42,8 +42,8 @@ def test_an_epoch_takes_every_item_at_most_once_and_another_epoch_another_order(
 
 def test_a_batch_does_not_depend_on_the_batches_before_it(parts):
     dataset, cells, _, vocabulary = parts
-    first = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
-    second = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    first = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
+    second = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
     for step in range(4):
         first.batch(step, 0)
     for one, other in zip(first.batch(9, 0), second.batch(9, 0), strict=True):
@@ -53,7 +53,7 @@ def test_a_batch_does_not_depend_on_the_batches_before_it(parts):
 
 def test_a_return_to_a_checkpoint_draws_other_batches(parts):
     dataset, cells, _, vocabulary = parts
-    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
     (first, eps), (again, eps_again) = source.batch(0, 0), source.batch(0, 1)
     assert not np.array_equal(first["counts"], again["counts"])
     assert not np.array_equal(eps["eps"], eps_again["eps"])
@@ -61,7 +61,7 @@ def test_a_return_to_a_checkpoint_draws_other_batches(parts):
 
 def test_counts_tissue_and_library_of_a_batch_belong_to_the_same_cells(parts):
     dataset, cells, _, vocabulary = parts
-    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
     batch = source.cells(np.array([29, 3, 31]), 5)
     np.testing.assert_array_equal(batch["library"][:3], batch["counts"][:3].sum(1))
     assert [vocabulary.tissues[code] for code in batch["tissue"][:3]] == list(dataset.tissue[[29, 3, 31]])
@@ -71,7 +71,7 @@ def test_counts_tissue_and_library_of_a_batch_belong_to_the_same_cells(parts):
 
 def test_validation_covers_every_validation_cell_once(parts):
     dataset, cells, _, vocabulary = parts
-    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
     blocks = source.validation()
     assert sum(weight for _, _, weight in blocks) == len(cells.validation)
     counts = np.concatenate([batch["counts"][batch["weight"] > 0] for batch, _, _ in blocks])
@@ -136,7 +136,7 @@ def test_validation_of_conditions_weighs_padding_with_nothing(parts):
 
 def test_joint_batches_hold_the_counts_of_the_cells_they_name(parts):
     dataset, cells, groups, vocabulary = parts
-    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG)
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
     joint = JointSource(source, latents_of(dataset), groups, [], vocabulary, CONFIG)
     batch, noise = joint.batch(0, 0)
     assert batch["x_counts"].shape == (1, 5, 11, 23)
