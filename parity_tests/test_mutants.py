@@ -80,10 +80,12 @@ def test_removing_the_only_check_that_notices_a_mutant_is_noticed(monkeypatch: p
     from parity_tests import mutants
 
     mutant = by_name("torch, spectral: the radius carries gradient")
+    near = [case for case in relevant(mutant) if case.module == mutant.module]  # the whole matrix takes too long here
+    monkeypatch.setattr(mutants, "relevant", lambda _: near)
+    monkeypatch.setattr(mutants, "CHECKS", {})
     verdict = judge(mutant, all_checks=True)
     assert list(indispensable([verdict])) == ["spectral_radius/carries no gradient"]
-    kept = [case for case in relevant(mutant) if case.name not in verdict.killed_by]
+    kept = [case for case in near if case.name not in verdict.killed_by]
     monkeypatch.setattr(mutants, "relevant", lambda _: kept)
-    monkeypatch.setattr(mutants, "CHECKS", {})
     killed, total = score([judge(mutant, all_checks=True)])
     assert (killed, total) == (0, 1)
