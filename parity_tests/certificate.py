@@ -89,8 +89,7 @@ def run(
     (folder / "certificate.md").write_text(markdown(record))
     (folder / "certificate.html").write_text(page(record, markdown(record)))
     print(markdown(record))
-    survived = verdicts is not None and mutants.score(verdicts)[0] < mutants.score(verdicts)[1]
-    return EXIT_FAILED if survived or not results or any(not result.passed for result in results) else EXIT_OK
+    return EXIT_OK if record["passed"] else EXIT_FAILED
 
 
 def _compare(chosen: list[tuple[str, str]], dtypes: Sequence[str], only: str) -> list[Result]:
@@ -168,6 +167,7 @@ def _record(
             "survived": [v.mutant for v in verdicts if not v.killed and not v.equivalent],
             "indispensable": mutants.indispensable(verdicts),
         }
+        record["passed"] = record["passed"] and killed == total
     return record
 
 
