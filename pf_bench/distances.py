@@ -23,9 +23,12 @@ GRADIENT = "energy distance, value and gradient"
 def cases(context: Context) -> list[Case]:
     """The suite."""
     if context.quick:
-        return [gradient(context, 67, 16), gradient(context, 131, 16), value(context, 67, 10), squared(context, 67, 10)] + [
-            sliced(context, 131, 16, 17)
-        ]
+        return [
+            gradient(context, 67, 16),
+            gradient(context, 131, 16),
+            value(context, 67, 10),
+            squared(context, 67, 10),
+        ] + [sliced(context, 131, 16, 17)]
     gpu = context.device == "gpu"
     sizes = (2048, 8192, 32768, 100_000) if gpu else (512, 2048, 8192, 32768)
     found = [gradient(context, n, 32) for n in sizes]

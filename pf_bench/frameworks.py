@@ -1,4 +1,4 @@
-"""Sides of either framework from plain functions: arrays on the device, gradients, and calls that wait for the result."""
+"""Sides of either framework from plain functions: arrays on the device, gradients, calls that wait for the result."""
 
 from __future__ import annotations
 

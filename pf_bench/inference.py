@@ -73,9 +73,7 @@ def jacobian(context: Context, n_cells: int, n_genes: int, n_hidden: int, n_late
     def output(twin: backends.Backend, config: Config, params: dict, batch: dict) -> dict[str, np.ndarray]:
         z, direction = (normal(SEED, f"bench.{name}", n_cells, (n_cells, n_latent)) for name in ("z", "direction"))
         return {
-            "derivative": twin.decode_jacobian_vector(
-                params, z, direction, batch["tissue"], batch["library"], config
-            )
+            "derivative": twin.decode_jacobian_vector(params, z, direction, batch["tissue"], batch["library"], config)
         }
 
     def build() -> dict[str, Side | Absent]:

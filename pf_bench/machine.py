@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -109,10 +110,8 @@ def forget_peak() -> bool:
 def release() -> None:
     """Give back to the system what is free."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):  # not glibc: what is free stays, and counts as held before
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # not glibc: what is free stays, and counts as held before
 
 
 def versions() -> dict[str, str]:

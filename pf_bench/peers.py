@@ -57,13 +57,13 @@ def _cpu(call: Callable[[], Any], note: str) -> Side:
 
 @guarded
 def pertpy_energy(x: np.ndarray, y: np.ndarray) -> Side | Absent:
-    """The class behind pertpy's Distance("edist")."""
+    """The class behind pertpy's Distance("edistance")."""
     lacking = missing("pertpy")
     if lacking:
         return lacking
     from pertpy.tools import Distance  # type: ignore[import-not-found]
 
-    distance = Distance("edist")
+    distance = Distance("edistance")
     return _cpu(lambda: distance(x, y), "in NumPy, on the processor")
 
 
@@ -75,7 +75,6 @@ def scperturb_energy(x: np.ndarray, y: np.ndarray) -> Side | Absent:
         return lacking
     import anndata
     import pandas as pd
-
     from scperturb import edist  # type: ignore[import-not-found]
 
     labels = pd.DataFrame({"group": ["x"] * len(x) + ["y"] * len(y)}, index=[str(i) for i in range(len(x) + len(y))])
@@ -92,12 +91,11 @@ def scperturb_energy(x: np.ndarray, y: np.ndarray) -> Side | Absent:
 
 @guarded
 def scvi_step(batch: dict[str, np.ndarray], n_hidden: int, n_latent: int, *, device: str) -> Side | Absent:
-    """A training step of scvi-tools' SCVI on the same counts: its module, its loss, torch.optim.Adam, no data loader."""
+    """A training step of scvi-tools' SCVI on the same counts: its module and loss, torch.optim.Adam, no loader."""
     lacking = missing("scvi")
     if lacking:
         return lacking
     import torch
-
     from scvi.module import VAE  # type: ignore[import-not-found]
 
     place = "cuda" if device == "gpu" else device

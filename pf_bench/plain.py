@@ -11,7 +11,14 @@ from typing import Any
 
 from pf_core.config import EPS_NORMALISE, EPS_SIGMA, LOGVAR_MAX, LOGVAR_MIN, MU_FLOOR, R_MAX, R_MIN, Config
 
-__all__ = ["jax_energy", "torch_cdist_energy", "torch_energy", "torch_operator_step", "torch_spectral", "torch_vae_step"]
+__all__ = [
+    "jax_energy",
+    "torch_cdist_energy",
+    "torch_energy",
+    "torch_operator_step",
+    "torch_spectral",
+    "torch_vae_step",
+]
 
 _LEAST = 1e-12  # of a squared distance, so that the root has a derivative
 

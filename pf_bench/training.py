@@ -40,10 +40,23 @@ def train(data: str, options: list[str]) -> dict[str, np.ndarray]:
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, "-m", "pf_core", "train", data, "--out", str(out), "--holdout-share", "0.2", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pf_core",
+            "train",
+            data,
+            "--out",
+            str(out),
+            "--holdout-share",
+            "0.2",
+            *options,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"pf train ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+            raise RuntimeError(
+                f"pf train ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
+            )
         rows = [row for row in json.loads((out / "metrics.json").read_text())["metrics"] if row["method"] == MODEL]
     return {name: np.array([row[name] for row in rows], np.float64).mean(keepdims=True) for name in METRICS}
 

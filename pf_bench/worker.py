@@ -2,8 +2,8 @@
 
     python -m pf_bench.worker REQUEST.json RESULT.json
 
-The request is {"task": "suite", "memory" or "probe", "suite", "context", "case", "side"}. Rows are written as they come,
-so that a crash keeps those before it.
+The request is {"task": "suite", "memory" or "probe", "suite", "context", "case", "side"}. Rows are written as they
+come, so that a crash keeps those before it.
 """
 
 from __future__ import annotations
@@ -144,8 +144,7 @@ def probe(device: str) -> dict[str, Any]:
     return {"versions": machine.versions(), "devices": described}
 
 
-def _rows(request: dict[str, Any], context: Context) -> Iterator[dict[str, Any]]:
-    patience = machine.Patience(context.wait)
+def _rows(request: dict[str, Any], context: Context, patience: machine.Patience) -> Iterator[dict[str, Any]]:
     for case in suite_cases(request["suite"], context):
         row = measure(case, context, patience)
         shown = row["sides"].get(OURS, {}).get("median")
@@ -178,9 +177,11 @@ def main(request_path: str, result_path: str) -> None:
                 if "extra" in result:
                     break
         else:
-            result = {"rows": []}
-            for row in _rows(request, context):
+            result = {"rows": [], "waited": 0.0}
+            patience = machine.Patience(context.wait)
+            for row in _rows(request, context, patience):
                 result["rows"].append(row)
+                result["waited"] = patience.waited
                 write()
     except Skipped as reason:
         result["skipped"] = str(reason)
