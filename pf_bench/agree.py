@@ -20,7 +20,7 @@ def difference(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
         a, b = np.asarray(found[name], np.float64), np.asarray(array, np.float64)
         if a.shape != b.shape:
             return float("inf"), f"{name} of shape {a.shape} and {b.shape}"
-        scale = max(float(np.linalg.norm(b)), np.finfo(np.float32).tiny)
+        scale = max(float(np.linalg.norm(b)), float(np.finfo(np.float32).tiny))
         off = float(np.linalg.norm(a - b)) / scale
         if not off <= worst:  # also where off is not a number
             worst, where = (off if np.isfinite(off) else float("inf")), name
@@ -34,9 +34,10 @@ def compare(sides: Mapping[str, Side], tolerance: float) -> tuple[dict[str, floa
         sides: by name; OURS among them.
         tolerance: largest difference.
     """
-    if sides[OURS].output is None:
+    ours = sides[OURS].output
+    if ours is None:
         raise ValueError(f"side {OURS!r} has no output to hold the others against")
-    wanted = dict(sides[OURS].output())
+    wanted = dict(ours())
     differences, refused = {}, {}
     bad = [name for name, array in wanted.items() if not np.isfinite(np.asarray(array)).all()]
     if bad:

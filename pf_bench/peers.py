@@ -77,7 +77,8 @@ def scperturb_energy(x: np.ndarray, y: np.ndarray) -> Side | Absent:
     import pandas as pd
     from scperturb import edist  # type: ignore[import-not-found]
 
-    labels = pd.DataFrame({"group": ["x"] * len(x) + ["y"] * len(y)}, index=[str(i) for i in range(len(x) + len(y))])
+    groups = np.repeat(["x", "y"], [len(x), len(y)])
+    labels = pd.DataFrame({"group": groups}, index=np.arange(len(groups)).astype(str))
     adata = anndata.AnnData(np.zeros((len(labels), 1), np.float32), obs=labels)
     adata.obsm["X_pca"] = np.concatenate([x, y])
 

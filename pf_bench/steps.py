@@ -173,8 +173,8 @@ def vae(context: Context, n_cells: int, n_genes: int, n_hidden: int, n_latent: i
         sides = twins("vae", params, (batch, noise, {}), config, context)
 
         def make(compile: bool) -> Callable:
-            given = torch_put((params, batch, noise), device)
-            return plain.torch_vae_step(*given, config, compile=compile)
+            weights, data, eps = torch_put((params, batch, noise), device)
+            return plain.torch_vae_step(weights, data, eps, config, compile=compile)
 
         sides["plain torch"] = plain_steps(lambda: make(False), device)
         sides["plain torch compiled"] = (
@@ -218,8 +218,8 @@ def operator(context: Context, n_conditions: int, n_cells: int, d: int, series: 
         sides = twins("operator", params, problem, config, context)
 
         def make() -> Callable:
-            given = torch_put((params, problem[0], problem[2]), device)
-            return plain.torch_operator_step(*given, config)
+            weights, data, carry = torch_put((params, problem[0], problem[2]), device)
+            return plain.torch_operator_step(weights, data, carry, config)
 
         return sides | {"plain torch": plain_steps(make, device)}
 
