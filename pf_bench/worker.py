@@ -67,7 +67,7 @@ def measure(case: Case, context: Context, patience: machine.Patience) -> dict[st
             return row
         sides = {name: side for name, side in sides.items() if name not in row["refused"]}
     calm = patience.wait()
-    rounds = min(context.rounds, HEAVY_ROUNDS) if case.heavy else context.rounds
+    rounds = min(context.rounds, 1 if context.quick else HEAVY_ROUNDS) if case.heavy else context.rounds
     timings = take_turns(sides, rounds=rounds, sample=context.sample, patience=patience, first=first)
     if case.heavy:
         row["differences"], row["refused"] = compare(sides, case.tolerance)
