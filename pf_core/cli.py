@@ -1,4 +1,4 @@
-"""The command line: pf demo | simulate | train | predict | evaluate | replay | parity | doctor."""
+"""The command line: pf demo | simulate | train | predict | evaluate | replay | parity | doctor | bench."""
 
 from __future__ import annotations
 
@@ -307,6 +307,45 @@ def parity(
 
 def _commas(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="cpu, gpu; several with commas")] = "cpu",
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(help="ceilings, distances, likelihood, spectral, steps, inference, training; repeatable; all"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that everything runs")] = False,
+    out: Annotated[Path, typer.Option(help="folder of JSON, Markdown and plots")] = Path("pf-bench"),
+    check: Annotated[bool, typer.Option("--check", help="fail where a ratio lost 25 % of the committed one")] = False,
+    against: Annotated[Path | None, typer.Option(help="the committed results, where they are elsewhere")] = None,
+    data: Annotated[Path | None, typer.Option(help="h5ad file for whole trainings, else they are skipped")] = None,
+    peers: Annotated[bool, typer.Option(help="measure other packages too")] = True,
+    malloc: Annotated[str, typer.Option(help="settings of the allocator, tuned and default")] = "tuned,default",
+    rounds: Annotated[int, typer.Option(min=1, help="turns of every side")] = 7,
+    wait: Annotated[float, typer.Option(min=0, help="seconds a suite waits in all for a quiet machine")] = 600.0,
+) -> None:
+    """Time the twins and their peers head to head, on the same numbers, once they agree."""
+    from pf_bench import run as benchmark
+
+    devices = _commas(device)
+    if check and against is None:
+        against = benchmark.COMMITTED / f"{'-'.join(devices)}{'-quick' if quick else ''}" / "bench.json"
+    code = benchmark.bench(
+        devices=devices,
+        suites=suite or (),
+        mallocs=_commas(malloc),
+        quick=quick,
+        peers=peers,
+        data=data,
+        rounds=rounds,
+        wait=wait,
+        out=out,
+        against=against,
+        command=" ".join(["pf", *sys.argv[1:]]),
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -1,0 +1,53 @@
+"""The negative-binomial likelihood, value and gradient in mean and dispersion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import pf_jax
+import pf_torch
+from pf_bench.case import Absent, Case, Context, Side, Target
+from pf_bench.frameworks import jax_grad, torch_grad
+from pf_bench.problems import SEED, counts
+from pf_core.noise import generator
+
+__all__ = ["cases"]
+
+
+def cases(context: Context) -> list[Case]:
+    """The suite."""
+    if context.quick:
+        return [likelihood(context, 7, 11, ""), likelihood(context, 13, 11, "cells")]
+    cells = [likelihood(context, n, 2000, "cells") for n in (128, 512, 2048)]
+    return cells + [likelihood(context, 512, n, "genes") for n in (500, 5000, 10000)]
+
+
+def _mean(log_prob: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return lambda x, mu, r: log_prob(x, mu, r, **options).mean()
+
+
+def likelihood(context: Context, n_cells: int, n_genes: int, series: str) -> Case:
+    """Mean log probability of cells and its gradient in mu (cells, genes) and r (genes,)."""
+
+    def build() -> dict[str, Side | Absent]:
+        x = counts(n_cells, n_genes)
+        rng = generator(SEED, "bench.likelihood", n_genes)
+        mu = (x.mean(0) + 0.01) * rng.lognormal(0.0, 0.5, x.shape)
+        r = rng.lognormal(0.0, 1.0, n_genes)
+        arrays = x, mu.astype(np.float32), r.astype(np.float32)
+        given = {"of": (1, 2), "device": context.device}
+        return {
+            "jax": jax_grad(_mean(pf_jax.nb_log_prob), *arrays, **given),
+            "torch": torch_grad(_mean(pf_torch.nb_log_prob), *arrays, **given),
+            "plain jax": jax_grad(_mean(pf_jax.nb_log_prob, method="plain"), *arrays, **given),
+            "plain torch": torch_grad(_mean(pf_torch.nb_log_prob, method="plain"), *arrays, **given),
+        }
+
+    targets: tuple[Target, ...] = ()
+    if (n_cells, n_genes) == (512, 2000) and context.device == "cpu":
+        targets = Target("faster", 4.5, "plain jax"), Target("faster", 3.5, "plain torch")
+    sizes = {"cells": n_cells, "genes": n_genes}
+    return Case("NB likelihood, value and gradient", sizes, build, 1e-3, targets, n_cells in (7, 512), series)

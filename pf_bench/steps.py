@@ -1,0 +1,303 @@
+"""Training steps of every stage: many in one call, one in one call, eager, compiled, and their ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import pf_jax.steps
+import pf_torch.steps
+from pf_bench import peers, plain
+from pf_bench.case import Absent, Case, Context, Side, Target
+from pf_bench.frameworks import jax_put, torch_put
+from pf_bench.problems import (
+    SEED,
+    configuration,
+    hypers,
+    operator_problem,
+    parameters,
+    repeat,
+    trainable,
+    vae_problem,
+)
+from pf_core.config import Config
+from pf_core.noise import normal
+
+__all__ = ["cases"]
+
+STEPS = 16  # in one call of a compiled loop
+Problem = tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
+def cases(context: Context) -> list[Case]:
+    """The suite."""
+    if context.quick:
+        return [
+            vae(context, 13, 17, 7, 3, ""),
+            operator(context, 3, 5, 3, "conditions"),
+            joint(context, 2, 5, 11, 7, 3),
+            overhead(context, 4),
+        ]
+    if context.device == "gpu":
+        found = [vae(context, n, 2000, 512, 32, "cells") for n in (512, 2048, 8192, 16384)]
+        found += [vae(context, 2048, n, 512, 32, "genes") for n in (5000, 10000, 20000)]
+    else:
+        found = [vae(context, n, 2000, 512, 32, "cells") for n in (128, 512, 2048)]
+        found += [vae(context, 512, n, 512, 32, "genes") for n in (500, 8000)]
+        found += [vae(context, 1024, 5000, 512, 32, "")]
+    found += [operator(context, n, 128, 32, "conditions") for n in (8, 32, 128)]
+    return found + [joint(context, 16, 64, 2000, 256, 32), overhead(context, 64)]
+
+
+# --- the twins ----------------------------------------------------------------------------------------------------
+
+
+def jax_steps(stage: str, params: Any, problem: Problem, config: Config, steps: int, device: str) -> Side:
+    """`steps` steps of the JAX twin in one call; with 0, one step by its own function."""
+    import jax
+
+    batch, noise, carry = problem
+    count = max(steps, 1)
+    lead = (count, 1) if steps else (1,)
+    data = jax_put((repeat(batch, *lead), repeat(noise, *lead), hypers(config, stage, count)), device)
+    single = {"vae": pf_jax.vae_step, "operator": pf_jax.operator_step, "joint": pf_jax.joint_step}[stage]
+    hyper = {name: value[0] for name, value in data[2].items()}
+
+    def fresh() -> Any:
+        state = pf_jax.steps.init_state(params, trainable=trainable(stage, params), carry=carry)
+        return jax.device_put(state, jax.devices(device)[0])
+
+    def run(state: Any) -> tuple[Any, Any]:
+        if steps:
+            return pf_jax.run_steps(stage, state, *data, config=config)  # type: ignore[arg-type]
+        return single(state, data[0], data[1], hyper, config=config)
+
+    return _stateful(fresh, run, jax.block_until_ready, count)
+
+
+def torch_steps(
+    stage: str, params: Any, problem: Problem, config: Config, steps: int, device: str, *, compile: bool = False
+) -> Side:
+    """`steps` steps of the PyTorch twin."""
+    batch, noise, carry = problem
+    data = torch_put((repeat(batch, steps, 1), repeat(noise, steps, 1), hypers(config, stage, steps)), device)
+    place = "cuda" if device == "gpu" else device
+
+    def fresh() -> Any:
+        names = trainable(stage, params)
+        return pf_torch.steps.init_state(params, trainable=names, carry=carry, device=place)
+
+    def run(state: Any) -> tuple[Any, Any]:
+        return pf_torch.run_steps(stage, state, *data, config=config, compile=compile)
+
+    return _stateful(fresh, run, lambda result: _finished(result, device), steps)
+
+
+def _finished(result: Any, device: str) -> Any:
+    if device == "gpu":
+        import torch
+
+        torch.cuda.synchronize()
+    return result
+
+
+def _stateful(fresh: Callable, run: Callable, wait: Callable, steps: int) -> Side:
+    """A side whose state goes on from call to call; its output is loss and gradient norm of the first steps."""
+    held: list[Any] = []
+
+    def call() -> None:
+        state, _ = wait(run(held.pop() if held else fresh()))  # the state that goes in is used up
+        held.append(state)
+
+    def output() -> dict[str, np.ndarray]:
+        state, losses, norms = fresh(), [], []
+        for _ in range(STEPS // steps if steps < STEPS else 1):
+            state, metrics = wait(run(state))
+            losses.append(np.atleast_1d(_numpy(metrics["loss"])))
+            norms.append(np.atleast_1d(_numpy(metrics["grad_norm"])))
+        return {"loss": np.concatenate(losses)[:STEPS], "gradient norm": np.concatenate(norms)[:STEPS]}
+
+    return Side(call, output, steps)
+
+
+def _numpy(value: Any) -> np.ndarray:
+    return np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+
+
+def plain_steps(make: Callable[[], Callable], device: str) -> Side:
+    """A plain step, which trains its own parameters in place."""
+    held: list[Callable] = []
+
+    def call() -> None:
+        if not held:
+            held.append(make())
+        _finished(held[0](), device)
+
+    def output() -> dict[str, np.ndarray]:
+        step = make()
+        found = [step() for _ in range(STEPS)]
+        losses, norms = zip(*found, strict=True)
+        return {"loss": np.stack([_numpy(v) for v in losses]), "gradient norm": np.stack([_numpy(v) for v in norms])}
+
+    return Side(call, output)
+
+
+def twins(stage: str, params: Any, problem: Problem, config: Config, context: Context) -> dict[str, Side | Absent]:
+    """Both twins in every form they have."""
+    device = context.device
+    sides: dict[str, Side | Absent] = {
+        "jax": jax_steps(stage, params, problem, config, STEPS, device),
+        "jax, one step a call": jax_steps(stage, params, problem, config, 0, device),
+        "torch": torch_steps(stage, params, problem, config, 1, device),
+    }
+    if context.quick:
+        sides["torch compiled"] = Absent("torch.compile is left out of --quick")
+    else:
+        sides["torch compiled"] = torch_steps(stage, params, problem, config, 1, device, compile=True)
+    return sides
+
+
+# --- cases --------------------------------------------------------------------------------------------------------
+
+
+def vae(context: Context, n_cells: int, n_genes: int, n_hidden: int, n_latent: int, series: str) -> Case:
+    """A step of the NB-VAE."""
+    device = context.device
+
+    def build() -> dict[str, Side | Absent]:
+        config = configuration(n_hidden, n_latent)
+        params = {name: value for name, value in parameters(config, n_genes).items() if name.startswith("vae.")}
+        batch, noise = vae_problem(n_cells, n_genes, n_latent)
+        sides = twins("vae", params, (batch, noise, {}), config, context)
+
+        def make(compile: bool) -> Callable:
+            weights, data, eps = torch_put((params, batch, noise), device)
+            return plain.torch_vae_step(weights, data, eps, config, compile=compile)
+
+        sides["plain torch"] = plain_steps(lambda: make(False), device)
+        sides["plain torch compiled"] = (
+            Absent("torch.compile is left out of --quick") if context.quick else plain_steps(lambda: make(True), device)
+        )
+        if context.peers:
+            sides["SCVI"] = peers.scvi_step(batch, n_hidden, n_latent, device=device)
+        sides["jax GEMM"] = jax_gemm(n_cells, n_genes, n_hidden, device)
+        sides["torch GEMM"] = torch_gemm(n_cells, n_genes, n_hidden, device)
+        return sides
+
+    targets: tuple[Target, ...] = ()
+    if device == "cpu" and (n_cells, n_genes) in ((512, 2000), (1024, 5000)):
+        factors = {"plain torch": 2.1, "plain torch compiled": 1.6, "SCVI": 2.5}
+        targets = (
+            *(Target("faster", factor, side) for side, factor in factors.items()),
+            Target("within", 1.25, "jax GEMM"),
+        )
+    sizes = {"cells": n_cells, "genes": n_genes, "hidden": n_hidden, "latent": n_latent}
+    return Case(
+        "NB-VAE training step",
+        sizes,
+        build,
+        1e-3,
+        targets,
+        memory=(n_cells, n_genes) == (512, 2000),
+        series=series,
+        flop=10.0 * n_cells * n_genes * n_hidden,
+    )
+
+
+def operator(context: Context, n_conditions: int, n_cells: int, d: int, series: str) -> Case:
+    """A step of the operators on latents."""
+    device = context.device
+
+    def build() -> dict[str, Side | Absent]:
+        config = configuration(8, d, n_conditions=n_conditions, n_cells=n_cells)
+        params = parameters(config, 5, n_conditions + 1)
+        params = {name: value for name, value in params.items() if not name.startswith("vae.")}
+        problem = operator_problem(n_conditions, n_cells, d)
+        sides = twins("operator", params, problem, config, context)
+
+        def make() -> Callable:
+            weights, data, carry = torch_put((params, problem[0], problem[2]), device)
+            return plain.torch_operator_step(weights, data, carry, config)
+
+        return sides | {"plain torch": plain_steps(make, device)}
+
+    wanted = device == "cpu" and (n_conditions, n_cells, d) == (32, 128, 32)
+    targets = (Target("faster", 8.0, "plain torch"),) if wanted else ()
+    sizes = {"conditions": n_conditions, "cells": n_cells, "d": d}
+    return Case("operator training step", sizes, build, 5e-3, targets, series=series)
+
+
+def joint(context: Context, n_conditions: int, n_cells: int, n_genes: int, n_hidden: int, n_latent: int) -> Case:
+    """A step of the joint fine-tuning on counts."""
+
+    def build() -> dict[str, Side | Absent]:
+        config = configuration(n_hidden, n_latent, n_conditions=n_conditions, n_cells=n_cells)
+        params = parameters(config, n_genes, n_conditions + 1)
+        batch, noise, carry = operator_problem(n_conditions, n_cells, n_latent, n_genes)
+        cells, eps = vae_problem(4 * n_cells, n_genes, n_latent)
+        batch |= {f"cells_{name}": value for name, value in cells.items()}
+        return twins("joint", params, (batch, noise | eps, carry), config, context)
+
+    sizes = {"conditions": n_conditions, "cells": n_cells, "genes": n_genes}
+    return Case("joint training step", sizes, build, 1e-3, series="")
+
+
+def overhead(context: Context, steps: int) -> Case:
+    """A model so small that what is left is the way to the device: 64 steps in one call."""
+
+    def build() -> dict[str, Side | Absent]:
+        config = configuration(8, 4)
+        params = {name: value for name, value in parameters(config, 16).items() if name.startswith("vae.")}
+        batch, noise = vae_problem(8, 16, 4)
+        problem = batch, noise, {}
+        return {
+            "jax": jax_steps("vae", params, problem, config, steps, context.device),
+            "jax, one step a call": jax_steps("vae", params, problem, config, 0, context.device),
+            "torch": torch_steps("vae", params, problem, config, steps, context.device),
+        }
+
+    targets = (Target("seconds", 20e-6),) if steps == 64 and context.device == "cpu" else ()
+    return Case("step of a tiny model", {"steps a call": steps}, build, 1e-3, targets)
+
+
+# --- ceilings -----------------------------------------------------------------------------------------------------
+
+
+def _matrices(n_cells: int, n_genes: int, n_hidden: int) -> list[np.ndarray]:
+    shapes = (n_cells, n_genes), (n_genes, n_hidden), (n_cells, n_hidden), (n_hidden, n_genes)
+    return [normal(SEED, f"bench.gemm.{k}", n_cells, shape) for k, shape in enumerate(shapes)]
+
+
+NOTE = "the large matrix products of a step alone: a ceiling, not a step"
+
+
+def _products(matmul: Callable[[Any, Any], Any], transpose: Callable[[Any], Any]) -> Callable[..., tuple[Any, ...]]:
+    """The five large products of a step: two forward, three backward (the counts have no gradient)."""
+
+    def run(x: Any, first: Any, h: Any, last: Any) -> tuple[Any, ...]:
+        hidden, out = matmul(x, first), matmul(h, last)
+        return hidden, matmul(transpose(x), h), matmul(out, transpose(last)), matmul(transpose(h), out)
+
+    return run
+
+
+def jax_gemm(n_cells: int, n_genes: int, n_hidden: int, device: str) -> Side:
+    """The products of a step by XLA."""
+    import jax
+
+    from pf_jax.layers import matmul
+
+    arrays = jax_put(_matrices(n_cells, n_genes, n_hidden), device)
+    compiled = jax.jit(_products(matmul, lambda a: a.T))
+    return Side(lambda: jax.block_until_ready(compiled(*arrays)), None, note=NOTE)
+
+
+def torch_gemm(n_cells: int, n_genes: int, n_hidden: int, device: str) -> Side:
+    """The products of a step by PyTorch."""
+    import torch
+
+    arrays = torch_put(_matrices(n_cells, n_genes, n_hidden), device)
+    products = _products(torch.matmul, lambda a: a.T)
+    return Side(lambda: _finished(products(*arrays), device), None, note=NOTE)
