@@ -144,8 +144,8 @@ def torch_operator_step(params: dict, batch: dict, carry: dict, config: Config) 
     """
     import torch
 
+    from pf_core.initial import select
     from pf_torch.conditions import ConditionEncoder
-    from pf_torch.layers import select
     from pf_torch.operators import OperatorFamily
 
     p = {name: value.requires_grad_() for name, value in params.items()}
