@@ -13,7 +13,7 @@ from pf_core.noise import generator
 
 CHUNK = 50  # steps per call; the state is exported between chunks only when asked
 NUDGE_EVERY = 5
-LEARNING_RATE = 2.0**-10
+LEARNING_RATE = {"vae": 2.0**-10, "operator": 2.0**-10, "joint": 2.0**-13}  # about the defaults of the stages
 
 
 def backend_of(framework: str, dtype: str, device: str = "cpu") -> Any:
@@ -41,7 +41,7 @@ def _inputs(stage: str, config: Config, first: int, n: int) -> tuple[Any, Any, A
     batches = syn.stacked([syn.stacked([syn.batch_of(stage, config, i)]) for i in steps])
     noises = syn.stacked([syn.stacked([syn.noise_of(stage, config, i)]) for i in steps])
     beta = np.minimum(1.0, np.array([i / 100 for i in steps]))
-    return batches, noises, {"lr": np.full(n, LEARNING_RATE), "beta": beta}
+    return batches, noises, {"lr": np.full(n, LEARNING_RATE[stage]), "beta": beta}
 
 
 def advance(

@@ -48,14 +48,15 @@ def power_iteration(A: Tensor, v0: Tensor, *, n_iter: int = POWER_ITERATIONS) ->
     _check(A, v0)
     A, v = A.detach(), v0.detach()
     for _ in range(n_iter):
-        v = torch.matmul(A.mT, torch.matmul(A, v[..., None]))[..., 0]
+        # As rows: products of matrices with single columns are twenty times slower here.
+        v = torch.matmul(torch.matmul(v[..., None, :], A.mT), A)[..., 0, :]
         v = v / (torch.linalg.vector_norm(v, dim=-1, keepdim=True) + EPS_NORMALISE)
     return v
 
 
 def _norm_along(A: Tensor, v: Tensor) -> Tensor:
     """sqrt(max(|A v|^2, 0) + EPS_SIGMA), differentiated in A only."""
-    image = torch.matmul(A, v.detach()[..., None])[..., 0]
+    image = torch.matmul(v.detach()[..., None, :], A.mT)[..., 0, :]
     return torch.sqrt((image * image).sum(-1) + EPS_SIGMA)  # a sum of squares is never below 0
 
 
