@@ -283,8 +283,8 @@ def loy(
     keep_y: Annotated[bool, typer.Option("--keep-y", help="leave the Y genes among the genes")] = False,
 ) -> None:
     """Call loss of the Y chromosome per cell, and write labels that pf train reads as a perturbation."""
+    from pf_core.data import read_cells
     from pf_core.errors import ConfigError
-    from pf_core.h5ad import read_anndata
     from pf_core.loy_cells import label_loy
     from pf_core.loy_plots import print_calls, write_page
     from pf_core.y_genes import Y_GENES
@@ -294,11 +294,10 @@ def loy(
         if path.exists():
             raise ConfigError(f"{path} exists; nothing was written. Choose another --out")
     labelled, scores = label_loy(
-        read_anndata(cells),
+        read_cells(cells, layer),
         cell_type=cell_type_column,
         donor=donor_column,
         xy=xy or (),
-        layer=layer,
         y_genes=tuple(gene) if gene else Y_GENES,
         ambient=ambient,
         level=level,

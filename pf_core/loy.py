@@ -120,7 +120,9 @@ def loy_score(
     if control is not None:
         control = np.asarray(control, bool)
         if control.shape != (n_cells,) or not control.any():
-            raise DataError(f"control marks {int(control.sum())} of {n_cells} cells as known XY; mark some, or leave it")
+            raise DataError(
+                f"control marks {int(control.sum())} of {n_cells} cells as known XY; mark some, or leave it"
+            )
     columns = _y_columns(names, y_genes)
     y_matrix = np.asarray(counts[:, list(columns.values())].todense(), np.float64)
     library = np.asarray(counts.sum(1), np.float64).ravel() - y_matrix.sum(1)
@@ -291,7 +293,9 @@ def _usable(
     return used, dropped
 
 
-def _matched(counts: Csr, names: Sequence[str], used: Sequence[str], library: np.ndarray, male: np.ndarray) -> list[int]:
+def _matched(
+    counts: Csr, names: Sequence[str], used: Sequence[str], library: np.ndarray, male: np.ndarray
+) -> list[int]:
     """Columns of autosomal and X genes whose expression is nearest to that of each Y gene used."""
     total = np.asarray(counts[np.flatnonzero(male)].sum(0), np.float64).ravel()
     barred = {*Y_GENES, *PAR_GENES, *AMBIGUOUS_GENES, XIST, *used}
@@ -303,7 +307,9 @@ def _matched(counts: Csr, names: Sequence[str], used: Sequence[str], library: np
         chosen += order[:CONTROL_PER_GENE]
         free[chosen] = False
     if not chosen:
-        raise DataError("the data hold no gene outside the Y; give all genes, so that missing depth can be told from LOY")
+        raise DataError(
+            "the data hold no gene outside the Y; give all genes, so that missing depth can be told from LOY"
+        )
     return sorted(chosen)
 
 
