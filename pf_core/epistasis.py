@@ -88,7 +88,7 @@ def epistasis(
     def rms(moved: np.ndarray) -> float:
         return float(np.sqrt((moved**2).sum(1).mean()))
 
-    means = {} if dataset is None else _means(dataset, {label for label in labels} | _canonical(model, together))
+    means = {} if dataset is None else _means(dataset, set(labels) | _canonical(model, together))
     out = []
     for pair in pairs:
         a, b = pair

@@ -39,6 +39,7 @@ DONOR_SHARE = 0.1  # a donor below this share of the XY rate has no Y
 MIN_RATE = 5e-5  # Y counts per count, below which no donor of a data set has a Y
 MIXED_SHARE = 0.25  # XIST counts per Y count, above which a donor's cells are of both sexes
 PRIOR_LOY, PRIOR_CELLS = 0.05, 10.0  # a donor's LOY share starts at 5%, with the weight of 10 cells
+PRIOR_LEAST = 0.02  # of a donor without LOY, or only its deepest cells could be called
 CONTROL_PER_GENE = 5  # control genes matched to every Y gene by expression
 CONTROL_LEVEL = 0.01  # a cell whose control genes are lower than this quantile is not judged
 EM_STEPS = 200
@@ -158,7 +159,8 @@ def loy_score(
         mu = library[rows] * fit.share
         evidence[rows] = _evidence(y[rows], mu, fit.r, ambient)
         # A prior above one half would call cells without evidence of their own.
-        prior = np.log(np.minimum(fit.prior, 0.5)) - np.log1p(-np.minimum(fit.prior, 0.5))
+        share = np.clip(fit.prior, PRIOR_LEAST, 0.5)
+        prior = np.log(share) - np.log1p(-share)
         score[rows] = evidence[rows] + prior
         deep[rows] = _evidence(np.zeros(len(rows)), mu, fit.r, ambient) + prior >= _logit(level)
         expected[rows] = mu
@@ -232,8 +234,8 @@ def _y_columns(names: Sequence[str], y_genes: Sequence[str]) -> dict[str, int]:
     found = {gene: place[gene] for gene in y_genes if gene in place}
     if not found:
         raise DataError(
-            f"none of the {len(y_genes)} Y genes is in the data ({nearest(y_genes[0], names)}); give gene symbols of all"
-            " genes, before any selection of genes"
+            f"none of the {len(y_genes)} Y genes is in the data ({nearest(y_genes[0], names)}); give the symbols"
+            " of all genes, before any selection of genes"
         )
     return found
 

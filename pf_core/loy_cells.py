@@ -1,12 +1,13 @@
 """LOY as a perturbation: labels that `pf train` reads, and LOY cells moved back to XY.
 
 The direction of the correction. Training finds K with K(XY) ~ LOY in distribution, so K's inverse moves LOY cells back:
-z -> A^-1 (z - b). How far it can miss is known: for any coupling of K(XY) and LOY, |K^-1 x - K^-1 y| <= |x - y| / s with
-s the smallest singular value of A, so that in Wasserstein distance W(K^-1 LOY, XY) <= W(LOY, K XY) / s. What training
-left over is amplified by at most 1/s. With A near the identity, where the shrinkage keeps it, that is little; where A is
-ill-conditioned nothing useful is left, and the inverse is refused. The alternative, an operator trained the other way
-(`pf train --control LOY` with XY as the perturbation), minimises the distance of the corrected cells directly, but needs
-a second run, and its cells are judged by the loss it was trained with. The inverse is a test of the model that exists.
+z -> A^-1 (z - b). How far it can miss is known: for any coupling of K(XY) and LOY, |K^-1 x - K^-1 y| <= |x - y| / s
+with s the smallest singular value of A, so that in Wasserstein distance W(K^-1 LOY, XY) <= W(LOY, K XY) / s. What
+training left over is amplified by at most 1/s. With A near the identity, where the shrinkage keeps it, that is little;
+where A is ill-conditioned nothing useful is left, and the inverse is refused. The alternative, an operator trained the
+other way (`pf train --control LOY` with XY as the perturbation), minimises the distance of the corrected cells
+directly, but needs a second run, and its cells are judged by the loss it was trained with. The inverse is a test of
+the model that exists.
 """
 
 from __future__ import annotations
@@ -145,8 +146,8 @@ def loy_report(scores: LoyScores, counts: Any, genes: Sequence[str]) -> dict[str
 def _column(adata: AnnData, column: str, what: str) -> np.ndarray:
     if column not in adata.obs:
         raise DataError(
-            f"obs has no {what} column {column!r} ({nearest(column, list(adata.obs))}); name it, or give '' if all cells"
-            f" are of one {what.replace('_', ' ')}"
+            f"obs has no {what} column {column!r} ({nearest(column, list(adata.obs))}); name it, or give '' if all"
+            f" cells are of one {what.replace('_', ' ')}"
         )
     return texts(adata.obs[column], column)[0]
 

@@ -78,8 +78,8 @@ def simulate_loy(
 
     if not (0 <= share < 1 and effect >= 0 and n_donors >= 2 and n_genes >= 5 and 0 < ambient < 1 and n_cells >= 1):
         raise ConfigError(
-            f"share={share}, effect={effect}, n_donors={n_donors}, n_genes={n_genes}, ambient={ambient}; a share below 1,"
-            " an effect of 0 or more, two male donors and five genes at least were wanted"
+            f"share={share}, effect={effect}, n_donors={n_donors}, n_genes={n_genes}, ambient={ambient}; a share"
+            " below 1, an effect of 0 or more, two male donors and five genes at least were wanted"
         )
     truth = _loy_truth(seed, n_genes, n_latent, library, effect)
     weights = np.array(list(SIMULATED_Y.values()))
@@ -91,7 +91,7 @@ def simulate_loy(
             for place, cell_type in enumerate(CELL_TYPES):
                 key = f"loy.{name}.{tissue}.{cell_type}"
                 rng = generator(seed, key)
-                lost = 0 if female or number == 0 else int(round(share * n_cells))
+                lost = 0 if female or number == 0 else round(share * n_cells)
                 states = {LOY: lost, "no Y" if female else XY: n_cells - lost}
                 for state, n in states.items():
                     if not n:
