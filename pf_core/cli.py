@@ -246,6 +246,39 @@ def evaluate(
 
 
 @app.command()
+def response(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    data: Annotated[Path | None, typer.Argument(help="the data, where they have moved, or other cells")] = None,
+    out: Annotated[Path, typer.Option(help="folder of response.html, response.json and figures")] = Path("response"),
+    perturbation: Annotated[
+        list[str] | None, typer.Option(help="condition to look at closely; repeatable. The strongest otherwise")
+    ] = None,
+    undo: Annotated[str | None, typer.Option(help="move the real cells of this condition back, as in LOY")] = None,
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Read a trained model: axes and genes, similar and opposite conditions, epistasis, tissues."""
+    from pf_core import data as cells
+    from pf_core.errors import ConfigError, RunError
+    from pf_core.genes import align_genes
+    from pf_core.model import Model
+    from pf_core.response_page import analyse, write_response
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; nothing was written. Choose another --out")
+    model = Model.load(run, backend=backend, device=device)
+    if data is None:
+        recorded = model.run.read_json("data.json")["source"]
+        data = None if recorded is None else model.run.path / recorded
+        if data is None or not data.exists():
+            raise RunError(f"{run} does not say where its data are, or they have moved; give the file as an argument")
+    dataset, _ = align_genes(cells.load(data, model.config.data, training=False), model.vocabulary.genes)
+    found = analyse(model, dataset, perturbations=perturbation or (), undo=undo, source=data)
+    write_response(out, found, title=f"Responses of {run.resolve().name}", facts={"data": data.name})
+    print(f"{out / 'response.html'}: {len(found.labels)} conditions on {len(found.controls.z)} control cells")
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="h5ad file to be written")],
     seed: Annotated[int, typer.Option(help="fixes every draw")] = 0,

@@ -27,16 +27,18 @@ DRAWN = 2000  # cells of each call
 def score_histogram(scores: LoyScores) -> str:
     """Log posterior odds of LOY, stacked by call."""
     keep = np.isfinite(scores.score)
-    values = np.clip(scores.score[keep], -20, 20)
+    values = scores.score[keep]
+    low = max(-40.0, float(np.quantile(values, 0.02)))
+    values = np.clip(values, low, 20)
     with figure(330, 210) as drawing:
         axes = drawing.add_axes((0.155, 0.2, 0.82, 0.68))
-        edges = np.linspace(-20, 20, 41)
+        edges = np.linspace(low, 20, 41)
         kinds = [kind for kind in (XY, UNDECIDED, LOY) if (scores.call[keep] == kind).any()]
         parts = [values[scores.call[keep] == kind] for kind in kinds]
         axes.hist(parts, edges, stacked=True, color=[COLOURS[kind] for kind in kinds], label=kinds, linewidth=0)
         axes.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.1, handlelength=1.1)
-        axes.set_xlabel("log posterior odds of LOY (nats, cut at ±20)", labelpad=2)
+        axes.set_xlabel("log posterior odds of LOY (nats; ends hold the rest)", labelpad=2)
         axes.set_ylabel("cells", labelpad=2)
         set_ticks(axes.xaxis, False)
         set_ticks(axes.yaxis, False, whole=True)
@@ -224,7 +226,8 @@ def write_page(path: Path, labelled: AnnData, scores: LoyScores, *, title: str) 
         "Cell types",
         ("cell type", "cells of male donors", "XY cells behind it", "Y counts per 10,000 in XY cells", "dispersion r"),
         tuple(
-            (name, one["cells"], one["xy_cells"], 1e4 * one["share"], one["r"]) for name, one in scores.types.items()
+            (name, int(one["cells"]), round(one["xy_cells"]), 1e4 * one["share"], one["r"])
+            for name, one in scores.types.items()
         ),
     )
     genes = Table(
@@ -249,7 +252,7 @@ def write_page(path: Path, labelled: AnnData, scores: LoyScores, *, title: str) 
                 Drawing(donor_shares(scores), "Donors"),
             ),
             (donors, types),
-            "curves",
+            "clouds",
         ),
         Section("What was left out", (), (), tuple(table for table in (why, genes) if table.rows)),
     )

@@ -69,6 +69,11 @@ def write(path: Path, page: Page) -> None:
         undefined=StrictUndefined,
     )
     # Figures are the only text that is not escaped: svg.py made them and escaped what came from outside.
-    environment.filters |= {"number": number, "figure": Markup}
+    environment.filters |= {"cell": _cell, "figure": Markup}
     html = environment.get_template("page.html.jinja").render(page=page, rows_open=ROWS_OPEN)
     write_atomic(path, html.encode(errors="xmlcharrefreplace"))
+
+
+def _cell(value: float | int) -> str:
+    """Whole numbers that count something as they are, others to three digits."""
+    return f"{value:,}" if isinstance(value, int) else number(float(value)).replace("-", "−")

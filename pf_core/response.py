@@ -99,7 +99,13 @@ def control_cells(model: Model, dataset: Dataset, *, per_context: int = PER_CONT
 
 def tissue_operators(model: Model, labels: Sequence[str], tissues: Sequence[str]) -> dict[tuple[str, str], Operator]:
     """(label, tissue) -> operator, at pooled batches and covariates 0."""
-    return {(label, tissue): model.operator(label, tissue=tissue) for label in labels for tissue in tissues}
+    # Control is whatever the run's own settings call it.
+    written = {CONTROL: model.config.data.control[0]}
+    return {
+        (label, tissue): model.operator(written.get(label, label), tissue=tissue)
+        for label in labels
+        for tissue in tissues
+    }
 
 
 def move(operators: dict[tuple[str, str], Operator], label: str, z: np.ndarray, tissue: np.ndarray) -> np.ndarray:
