@@ -202,6 +202,9 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
     z, n = controls.z.astype(np.float64), len(controls.z)
     kept = [k for k in range(min(n_principal, len(size))) if size[k] > WEAK * max(size[0], 1e-300)]
     B, u = (np.asarray(model.params[f"operators.{name}"], np.float64) for name in ("B", "u"))
+    # The sign of a singular vector is free: positive for the condition that uses it most.
+    signs = np.sign(left[np.abs(left).argmax(0), np.arange(len(size))])
+    left, right = left * signs, right * signs[:, None]
     fields = [("principal", k, np.tile(right[k], (n, 1)), left[:, k] * size[k]) for k in kept]
     fields += [("shift", k, np.tile(u[k], (n, 1)), beta[:, k]) for k in range(len(u))]
     fields += [("linear", k, z @ B[k].T, alpha[:, k]) for k in range(len(B))]

@@ -288,7 +288,7 @@ def _axes(found: Response, figures: dict[str, str]) -> Section:
             " decoder's derivative, averaged over control cells, for a typical (rms) coefficient.",
             "Bars: change of log1p counts per 10,000. Lines: standard deviation over control cells; where it is wide, the"
             " gene answers differently in different cells. PR are principal directions of all conditions and do not"
-            " depend on the choice of bases; u and B are the bases of the model. The sign of a PR axis is arbitrary."
+            " depend on the choice of bases; u and B are the bases of the model. A PR axis points to where the condition goes that uses it most."
             " Coefficients under each figure are in units of their rms.",
         ),
         tuple(drawings),

@@ -207,7 +207,7 @@ def epistasis_scatter(pairs: Sequence[Epistasis]) -> str:
                     color=MUTED,
                     ha="right" if end else "left",
                 )
-        axes.set(xlim=(0, width), ylim=(0, height))
+        axes.set(xlim=(0, width), ylim=(-0.03 * height, height))
         axes.grid()
         axes.set_axisbelow(True)
         set_ticks(axes.xaxis, False)
