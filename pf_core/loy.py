@@ -37,11 +37,13 @@ MIN_DETECTED = 0.01  # share of XY cells in which a Y gene must be seen to be us
 FEMALE_SHARE = 0.3  # a gene that females express at more than this share of males is not specific
 DONOR_SHARE = 0.1  # a donor below this share of the XY rate has no Y
 MIN_RATE = 5e-5  # Y counts per count, below which no donor of a data set has a Y
+FEMALE_XIST = 3.0  # XIST counts per Y count, above which the Y counts are ambient
 MIXED_SHARE = 0.25  # XIST counts per Y count, above which a donor's cells are of both sexes
 PRIOR_LOY, PRIOR_CELLS = 0.05, 10.0  # a donor's LOY share starts at 5%, with the weight of 10 cells
 PRIOR_LEAST = 0.02  # of a donor without LOY, or only its deepest cells could be called
 CONTROL_PER_GENE = 5  # control genes matched to every Y gene by expression
-CONTROL_LEVEL = 0.01  # a cell whose control genes are lower than this quantile is not judged
+CONTROL_LOW = 0.2  # a cell with less than this share of its control genes' counts is not judged,
+CONTROL_LEVEL = 0.01  # where counting noise explains it with less than this probability
 EM_STEPS = 200
 R_CAP = 1e6
 
@@ -166,9 +168,9 @@ def loy_score(
         expected[rows] = mu
         xy = 1.0 - fit.loy if known is None else known.astype(float)
         rate = float((xy * background[rows]).sum() / (xy * library[rows]).sum())
-        spread = _inverse_dispersion(background[rows], library[rows] * rate, xy)
-        ratio[rows] = background[rows] / np.maximum(library[rows] * rate, 1e-12)
-        low = _nb(library[rows] * rate, spread).cdf(background[rows]) < CONTROL_LEVEL
+        usual = np.maximum(library[rows] * rate, 1e-12)
+        ratio[rows] = background[rows] / usual
+        low = (ratio[rows] < CONTROL_LOW) & (stats.poisson.cdf(background[rows], usual) < CONTROL_LEVEL)
         reason[rows[low]] = "control genes of similar expression are missing too"
         reason[rows[~deep[rows]]] = "too few counts to tell"
         types[str(name)] = {"share": fit.share, "r": fit.r, "xy_cells": float(xy.sum()), "cells": float(len(rows))}
@@ -251,10 +253,11 @@ def _donors(
     for name, found in rows.items():
         total = None if xist is None else float(xist[found].sum())
         n_y = float(y[found].sum())
-        if reference < MIN_RATE or rates[name] < DONOR_SHARE * reference:
+        female = total is not None and total > FEMALE_XIST * n_y and total > MIN_RATE * library[found].sum()
+        if reference < MIN_RATE or rates[name] < DONOR_SHARE * reference or female:
             if total is None:
                 status = "no Y, and XIST is not among the genes: female, or complete loss"
-            elif total > n_y:
+            elif female:
                 status = "no Y: XIST is expressed, a female donor"
             else:
                 status = "no Y and no XIST: complete loss, or another species"

@@ -114,7 +114,8 @@ def label_loy(
 def loy_report(scores: LoyScores, counts: Any, genes: Sequence[str]) -> dict[str, Any]:
     """What was used and found, in plain values.
 
-    "control_ratio" compares LOY with XY cells in the control genes (about 1, or depth is missing and not the Y).
+    "control_ratio" compares LOY with XY cells in the control genes, as the median over genes (about 1, or depth is
+    missing and not the Y).
     "par_ratio" compares pseudoautosomal genes, which played no part in the call: one copy of two is left, so a value
     below 1 confirms that the Y is gone.
     """
@@ -137,10 +138,21 @@ def loy_report(scores: LoyScores, counts: Any, genes: Sequence[str]) -> dict[str
         "par_ratio": None,
     }
     if lost.any() and kept.any():
-        out["control_ratio"] = float(scores.control_ratio[lost].mean() / scores.control_ratio[kept].mean())
+        out["control_ratio"] = _control_ratio(scores, matrix, genes, total, lost, kept)
         rates = [float(matrix[rows][:, par].sum() / total[rows].sum()) for rows in (lost, kept)] if par else [0.0, 0.0]
         out["par_ratio"] = rates[0] / rates[1] if rates[1] > 0 else None
     return json.loads(json.dumps(out), parse_constant=lambda _: None)  # JSON knows no NaN: null
+
+
+def _control_ratio(
+    scores: LoyScores, matrix: Any, genes: Sequence[str], total: np.ndarray, lost: np.ndarray, kept: np.ndarray
+) -> float | None:
+    """Median over control genes of the rate in LOY cells over that in XY cells: genes that answer LOY are outvoted."""
+    place = {gene: column for column, gene in enumerate(genes)}
+    columns = [place[gene] for gene in scores.control_genes]
+    rates = [np.asarray(matrix[rows][:, columns].sum(0), float).ravel() / total[rows].sum() for rows in (lost, kept)]
+    seen = rates[1] > 0
+    return float(np.median(rates[0][seen] / rates[1][seen])) if seen.any() else None
 
 
 def _column(adata: AnnData, column: str, what: str) -> np.ndarray:

@@ -199,8 +199,8 @@ def write_page(path: Path, labelled: AnnData, scores: LoyScores, *, title: str) 
         )
     if report["par_ratio"] is not None:
         checks.append(
-            f"Pseudoautosomal genes, which played no part in the calls: {report['par_ratio']:.2f} times. Below 1 confirms"
-            " that a copy is gone."
+            f"Pseudoautosomal genes, which played no part in the calls: {report['par_ratio']:.2f} times."
+            " Below 1 confirms that a copy is gone."
         )
     else:
         checks.append("No pseudoautosomal gene has counts, so that the calls have no independent confirmation here.")

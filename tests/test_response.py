@@ -204,7 +204,9 @@ def test_the_observed_departure_is_the_interaction_and_noise_for_addition(contro
 def test_contexts_differ_by_where_their_cells_lie_and_tissues_by_their_operators():
     z = np.repeat(np.eye(D)[:2], 17, 0)
     cells = Controls(
-        np.vstack([z, z]), np.repeat(["t1", "t2"], 34).astype(object), np.tile(np.repeat(["x", "y"], 17), 2).astype(object)
+        np.vstack([z, z]),
+        np.repeat(["t1", "t2"], 34).astype(object),
+        np.tile(np.repeat(["x", "y"], 17), 2).astype(object),
     )
     model = known_model({"A": row(alpha=[0.3, 0.3])}, BASES, SHIFTS)
     model.params["operators.b0"] = np.vstack([np.zeros(D), np.ones(D), np.zeros(D)])  # control moves, too
