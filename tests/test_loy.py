@@ -178,11 +178,11 @@ def test_unusable_input_is_refused_with_the_remedy(cells):
         loy_score(cells.X, [f"x{name}" for name in names])
     with pytest.raises(DataError, match="one name per column"):
         loy_score(cells.X, names[:-1])
-    with pytest.raises(DataError, match="between 0.5 and 1"):
+    with pytest.raises(DataError, match=r"between 0\.5 and 1"):
         called(cells, level=1.0)
     with pytest.raises(DataError, match="mark some, or leave it"):
         called(cells, control=np.zeros(cells.n_obs, bool))
-    with pytest.raises(ConfigError, match="share=1.5"):
+    with pytest.raises(ConfigError, match=r"share=1\.5"):
         simulate(0, loy=1.5)
 
 
