@@ -98,8 +98,8 @@ def epistasis(
         norms = [found[a, name].commutator_norm(found[b, name]) for name in controls.tissues]
         label = condition_label(model.members(together[pair]), separator)
         observed, excess, n = _observed(means, a, b, label)
-        part = (rms(order) / scale, rms(dab - da - db) / scale) if scale > 0 else (float("nan"),) * 2
-        out.append(Epistasis(a, b, float(np.mean(norms)), *part, observed, excess, n))
+        relative, predicted = (rms(part) / scale if scale > 0 else float("nan") for part in (order, dab - da - db))
+        out.append(Epistasis(a, b, float(np.mean(norms)), relative, predicted, observed, excess, n))
     return out
 
 

@@ -101,7 +101,7 @@ def label_loy(
     barred = set() if keep_y else {*Y_GENES, *AMBIGUOUS_GENES, *y_genes}
     out = adata[:, [name not in barred for name in adata.var_names]].copy()
     called = np.isin(scores.call, (XY, LOY))
-    out.obs[COLUMN] = pd.Categorical(np.where(called, scores.call, None), categories=[LOY, XY])
+    out.obs[COLUMN] = pd.Series(scores.call, index=out.obs.index).where(called).astype(pd.CategoricalDtype([LOY, XY]))
     out.obs["loy_call"] = pd.Categorical(scores.call, categories=[XY, LOY, UNDECIDED, NO_Y])
     out.obs["loy_reason"] = pd.Categorical(np.where(scores.reason == "", "called", scores.reason))
     out.obs["loy_score"], out.obs["loy_posterior"] = scores.score, scores.posterior
@@ -158,7 +158,7 @@ def _control_ratio(
 def _column(adata: AnnData, column: str, what: str) -> np.ndarray:
     if column not in adata.obs:
         raise DataError(
-            f"obs has no {what} column {column!r} ({nearest(column, list(adata.obs))}); name it, or give '' if all"
+            f"obs has no {what} column {column!r} ({nearest(column, map(str, adata.obs))}); name it, or give '' if all"
             f" cells are of one {what.replace('_', ' ')}"
         )
     return texts(adata.obs[column], column)[0]

@@ -32,7 +32,7 @@ def score_histogram(scores: LoyScores) -> str:
     values = np.clip(values, low, 20)
     with figure(330, 210) as drawing:
         axes = drawing.add_axes((0.155, 0.2, 0.82, 0.68))
-        edges = np.linspace(low, 20, 41)
+        edges = np.linspace(low, 20, 41).tolist()
         kinds = [kind for kind in (XY, UNDECIDED, LOY) if (scores.call[keep] == kind).any()]
         parts = [values[scores.call[keep] == kind] for kind in kinds]
         axes.hist(parts, edges, stacked=True, color=[COLOURS[kind] for kind in kinds], label=kinds, linewidth=0)

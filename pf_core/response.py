@@ -391,7 +391,7 @@ class Tissues:
         """Genes by the number of contexts in whose top they are: (gene, contexts, mean change)."""
         member = _top(self.change, self.n_top).sum(0)
         order = sorted(np.flatnonzero(member), key=lambda g: (-member[g], -abs(self.change[:, g].mean())))
-        return [(str(genes[g]), int(member[g]), float(self.change[:, g].mean())) for g in order]
+        return [(str(genes[int(g)]), int(member[g]), float(self.change[:, g].mean())) for g in order]
 
 
 def across_tissues(model: Model, perturbation: str, controls: Controls, *, n_top: int = 20) -> Tissues:
