@@ -206,8 +206,8 @@ def _epistasis(found: Sequence[Epistasis], figures: dict[str, str]) -> Section:
         "Combinations: order and addition",
         (
             "Horizontal: the relative commutator, how much it matters which perturbation acts first. Vertical: by how"
-            " much the real"
-            " cells of the pair depart from the sum of the single effects, with the noise of the means removed.",
+            " much the real cells of the pair depart from the sum of the single effects, with the noise of the means"
+            " removed.",
             "An excess near 1 means that the departure is what noise alone would give. " + note,
         ),
         drawings,
