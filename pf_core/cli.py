@@ -1,4 +1,4 @@
-"""The command line: pf demo | simulate | train | predict | evaluate | replay | parity | doctor | bench."""
+"""The command line, `pf`: every command is one function here and imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -246,20 +246,100 @@ def evaluate(
 
 
 @app.command()
+def response(
+    run: Annotated[Path, typer.Argument(help="run directory")],
+    data: Annotated[Path | None, typer.Argument(help="the data, where they have moved, or other cells")] = None,
+    out: Annotated[Path, typer.Option(help="folder of response.html, response.json and figures")] = Path("response"),
+    perturbation: Annotated[
+        list[str] | None, typer.Option(help="condition to look at closely; repeatable. The strongest otherwise")
+    ] = None,
+    undo: Annotated[str | None, typer.Option(help="move the real cells of this condition back, as in LOY")] = None,
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Read a trained model: axes and genes, similar and opposite conditions, epistasis, tissues."""
+    from pf_core import data as cells
+    from pf_core.errors import ConfigError, RunError
+    from pf_core.genes import align_genes
+    from pf_core.model import Model
+    from pf_core.response_page import analyse, write_response
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; nothing was written. Choose another --out")
+    model = Model.load(run, backend=backend, device=device)
+    if data is None:
+        recorded = model.run.read_json("data.json")["source"]
+        data = None if recorded is None else model.run.path / recorded
+        if data is None or not data.exists():
+            raise RunError(f"{run} does not say where its data are, or they have moved; give the file as an argument")
+    dataset, _ = align_genes(cells.load(data, model.config.data, training=False), model.vocabulary.genes)
+    found = analyse(model, dataset, perturbations=perturbation or (), undo=undo, source=data)
+    write_response(out, found, title=f"Responses of {run.resolve().name}", facts={"data": data.name})
+    print(f"{out / 'response.html'}: {len(found.labels)} conditions on {len(found.controls.z)} control cells")
+
+
+@app.command()
 def simulate(
     out: Annotated[Path, typer.Argument(help="h5ad file to be written")],
     seed: Annotated[int, typer.Option(help="fixes every draw")] = 0,
     genes: Annotated[int | None, typer.Option(help="number of genes")] = None,
+    loy: Annotated[
+        float | None, typer.Option(help="donors instead of a screen, whose cells have lost their Y at this share")
+    ] = None,
 ) -> None:
-    """Simulate Perturb-seq counts with known operators."""
+    """Simulate Perturb-seq counts with known operators, or cells of donors with known loss of the Y chromosome."""
     from pf_core.errors import ConfigError
     from pf_core.simulate import simulate as draw
 
     if out.exists():
         raise ConfigError(f"{out} exists; nothing was written. Choose another name")
-    adata = draw(seed, **({"n_genes": genes} if genes else {}))
+    adata = draw(seed, loy=loy, **({"n_genes": genes} if genes else {}))
     _write_h5ad(adata, out)
-    print(f"{out}: {adata.n_obs} cells, {adata.n_vars} genes, {adata.obs['perturbation'].nunique()} conditions")
+    what = f"{adata.obs['donor'].nunique()} donors" if loy is not None else ""
+    what = what or f"{adata.obs['perturbation'].nunique()} conditions"
+    print(f"{out}: {adata.n_obs} cells, {adata.n_vars} genes, {what}")
+
+
+@app.command()
+def loy(
+    cells: Annotated[Path, typer.Argument(help="h5ad file with raw counts of all genes")],
+    out: Annotated[Path, typer.Option(help="h5ad file to be written, with LOY labels in obs")] = Path("loy.h5ad"),
+    cell_type_column: Annotated[str, typer.Option(help="obs column of cell types; '' for one type")] = "cell_type",
+    donor_column: Annotated[str, typer.Option(help="obs column of donors; '' for one donor")] = "donor",
+    xy: Annotated[
+        list[str] | None, typer.Option(help="cells known to be XY, column=value; repeatable. Otherwise estimated")
+    ] = None,
+    layer: Annotated[str, typer.Option(help="layer that holds counts")] = "",
+    gene: Annotated[list[str] | None, typer.Option(help="Y gene to use instead of the list; repeatable")] = None,
+    ambient: Annotated[float | None, typer.Option(help="Y counts of a cell without Y, relative to XY cells")] = None,
+    level: Annotated[float, typer.Option(help="posterior probability that a call needs")] = 0.95,
+    keep_y: Annotated[bool, typer.Option("--keep-y", help="leave the Y genes among the genes")] = False,
+) -> None:
+    """Call loss of the Y chromosome per cell, and write labels that pf train reads as a perturbation."""
+    from pf_core.data import read_cells
+    from pf_core.errors import ConfigError
+    from pf_core.loy_cells import label_loy
+    from pf_core.loy_plots import print_calls, write_page
+    from pf_core.y_genes import Y_GENES
+
+    page = out.with_suffix(".html")
+    for path in (out, page):
+        if path.exists():
+            raise ConfigError(f"{path} exists; nothing was written. Choose another --out")
+    labelled, scores = label_loy(
+        read_cells(cells, layer),
+        cell_type=cell_type_column,
+        donor=donor_column,
+        xy=xy or (),
+        y_genes=tuple(gene) if gene else Y_GENES,
+        ambient=ambient,
+        level=level,
+        keep_y=keep_y,
+    )
+    _write_h5ad(labelled, out)
+    write_page(page, labelled, scores, title=f"LOY calls of {cells.name}")
+    print_calls(scores, console=_console())
+    print(f"{out}: {labelled.n_obs} cells, labels in obs['loy']; see {page}")
 
 
 @app.command()

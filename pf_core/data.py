@@ -26,7 +26,7 @@ from pf_core.h5ad import matrix_name, read_h5ad
 from pf_core.labels import codes, condition_label, parse_condition, texts, vocabulary
 from pf_core.zarr_store import read_zarr
 
-__all__ = ["DataError", "Dataset", "Group", "groups", "load"]
+__all__ = ["DataError", "Dataset", "Group", "groups", "load", "read_cells"]
 
 Read = tuple[Any, np.ndarray, Any, dict[str, Any]]  # obs, gene names, counts, first entries of the summary
 
@@ -107,6 +107,20 @@ def _check_trainable(dataset: Dataset) -> None:
 
 
 # --- where it comes from ---------------------------------------------------------------------------------------------
+def read_cells(source: Any, layer: str = "") -> Any:
+    """All cells of a file or an AnnData as they are, checked: an AnnData of obs, gene names and counts in X.
+
+    Raises:
+        DataError: whatever makes the file unusable, with the remedy, in one line.
+    """
+    import anndata
+    import pandas as pd
+
+    obs, genes, counts, _ = _read(source, layer, False)
+    names = pd.DataFrame(index=pd.Index(unique_names(genes, "gene").astype(str)))
+    return anndata.AnnData(counts, obs=obs, var=names)
+
+
 def _read(source: Any, layer: str, backed: bool) -> Read:
     if not isinstance(source, str | Path):
         return _from_anndata(source, layer, backed)

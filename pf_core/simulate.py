@@ -45,6 +45,7 @@ def simulate(
     n_single: int = 60,
     n_pair: int = 35,
     library: float = 1000.0,
+    loy: float | None = None,
 ) -> Any:
     """Counts of a simulated screen over two tissues and three cell types.
 
@@ -56,6 +57,8 @@ def simulate(
         n_latent: even; half of it is the number of bases.
         n_control, n_single, n_pair: cells per tissue and cell type, of the controls and of each condition.
         library: median counts per cell.
+        loy: a share of cells that have lost their Y gives cells of donors instead of a screen, which
+            `pf_core.simulate_loy.simulate_loy` describes; of the sizes here, n_genes and n_latent count then.
 
     Returns:
         AnnData with CSR float32 counts, shuffled; obs: tissue, cell_type, perturbation ("control", "A", "A+B"), nperts,
@@ -64,6 +67,10 @@ def simulate(
     Raises:
         ValueError: sizes that do not allow the design.
     """
+    if loy is not None:
+        from pf_core.simulate_loy import simulate_loy
+
+        return simulate_loy(seed, share=loy, n_genes=n_genes, n_latent=n_latent)
     import anndata
     import pandas as pd
     from scipy import sparse

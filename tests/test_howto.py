@@ -96,6 +96,22 @@ def test_the_howto_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("page", ["response.md", "mloy.md"])
+def test_the_commands_on_simulated_cells_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / page).read_text()
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        if " cells.h5ad" in block or "held_out_donor" in block:
+            continue  # cells of the reader
+        if language == "python":
+            exec(compile(block, page, "exec"), {})
+            continue
+        for command in filter(None, block.replace("\\\n", " ").splitlines()):
+            done = run(quick(command), tmp_path)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.slow
 def test_the_example_script_finds_the_change_of_a_held_out_pair(tmp_path):
     path = ROOT / "examples/operator_system.py"
     spec = importlib.util.spec_from_file_location("operator_system", path)
