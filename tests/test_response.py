@@ -47,7 +47,8 @@ def known_model(table, B, u, *, tissues=("t1", "t2")) -> Model:
     params["vae.decoder.hidden.weight"] = np.vstack([np.eye(D), np.zeros((1 + len(tissues), D))])
     params["vae.decoder.hidden.bias"] = np.full(D, FAR)
     params["vae.decoder.mean.weight"], params["vae.decoder.mean.bias"] = M, -FAR * M.sum(0)
-    vocabulary = Vocabulary(tuple(f"g{i}" for i in range(G)), names, ("<unknown>", *tissues), ())
+    units = {"dose_units": (1.0,) * len(names), "covariates": (), "covariate_means": (), "covariate_scales": ()}
+    vocabulary = Vocabulary(tuple(f"g{i}" for i in range(G)), names, ("<unknown>", *tissues), (), **units)
     return Model(config, vocabulary, params, backends.load("torch", dtype="float64"), None)  # type: ignore[arg-type]
 
 
