@@ -7,6 +7,7 @@ every other baseline. Both are fitted on the training profiles, one row per cond
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -142,7 +143,8 @@ def kernel_ridge(
     squares = _squares(C, C)
     apart = squares[squares > 1e-9 * max(float(squares.max()), 1e-300)]
     gamma = 1.0 / float(np.median(apart)) if apart.size else 0.0  # one context: nothing to tell apart
-    fitted = KernelRidge(alpha=ridge, kernel="precomputed")
+    settings: Any = {"alpha": ridge}  # its stub says int
+    fitted = KernelRidge(kernel="precomputed", **settings)
     fitted.fit((P @ P.T) * np.exp(-gamma * squares), Y - centre, sample_weight=weight)
 
     def predict(task: Task) -> Prediction | Declined:
