@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pf_core.checkpoint import write_atomic
-from pf_core.verdict import DECIDING_METRIC, METRICS, Metric, number
+from pf_core.verdict import DECIDING_METRIC, METRICS, Metric, count, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,12 +243,8 @@ def markdown(result: Result) -> str:
         return [f"| {' | '.join(cells[0])} |", "|" + "---|" * len(heads), *(f"| {' | '.join(r)} |" for r in cells[1:])]
 
     heads, rows, test_heads, tests = _tables(result)
-    n_seeds = len(result.seeds)
-    lines = [
-        f"# {result.name}",
-        "",
-        f"{len(result.folds)} folds, {n_seeds} seed{'s' * (n_seeds > 1)}, {result.backend}.",
-    ]
+    size = f"{count(len(result.folds), 'fold')}, {count(len(result.seeds), 'seed')}, {result.backend}."
+    lines = [f"# {result.name}", "", size]
     lines += ["", *table(heads, rows), "", NOTE, "", *table(test_heads, tests), "", TEST_NOTE]
     declined = _declined(result.scores)
     if declined:
@@ -356,22 +352,41 @@ def write(out: Path, result: Result, console: Console | None = None) -> None:
     write_atomic(out / "task.svg", plot(result))
     if console is None:
         return
+    _print(console, result)
+    clean = all(audit["clean"] for fold in result.folds for audit in fold["audit"])
+    console.print("leak audit: " + ("clean in every fold" if clean else "NOT CLEAN, see task.md"))
+    console.print(f"results: {out / 'task.md'}", highlight=False)
+
+
+def _print(console: Console, result: Result) -> None:
+    """Both tables on a terminal, narrower than in task.md: standard errors over seeds only."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    heads, rows, test_heads, tests = _tables(result)
-    for title, head, body, note in ((result.name, heads, rows, NOTE), ("", test_heads, tests, TEST_NOTE)):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title or None, title_justify="left")
+    shown = [metric for metric in metrics_of(result.scores) if metric.key in SHOWN]
+    by = {(summary.method, summary.metric): summary for summary in summarise(result.scores)}
+    heads = ["method", "n", *(metric.short for metric in shown)]
+    rows = []
+    for method in methods(result.scores):
+        found = [by.get((method, metric.key)) for metric in shown]
+        n = max((one.n_conditions for one in found if one), default=0)
+        rows.append([method, str(n), *(f"{number(s.mean)} ± {number(s.se_seeds)}" if s else "n/a" for s in found)])
+    _, _, test_heads, tests = _tables(result)
+    n_pairs = len(test_heads) - 1  # the p-value over conditions × seeds is in task.md
+    note = "Mean over n conditions of all folds ± standard error over seeds; n/a for a single seed. task.md has more."
+    for head, body, text in (
+        (heads, rows, note),
+        (test_heads[:n_pairs], [row[:n_pairs] for row in tests], TEST_NOTE),
+    ):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for place, name in enumerate(head):
-            table.add_column(name, justify="right" if place else "left")
+            table.add_column(name, justify="right" if place else "left", no_wrap=not place)
         for row in body:
             table.add_row(*map(Text, row))
         console.print(table)
-        console.print(Text(note, style="dim"))
+        console.print(Text(text, style="dim"))
     for method, reasons in _declined(result.scores).items():
-        for reason, n in reasons.items():
-            console.print(Text(f"{method}: declined {n} times, {reason}", style="dim"))
-    clean = all(audit["clean"] for fold in result.folds for audit in fold["audit"])
-    console.print("leak audit: " + ("clean in every fold" if clean else "NOT CLEAN, see task.md"))
-    console.print(f"results: {out / 'task.md'}", highlight=False)
+        first, rest = next(iter(reasons)), len(reasons) - 1
+        more = f", and {count(rest, 'other reason')} in task.md" if rest else ""
+        console.print(Text(f"{method} declined {count(sum(reasons.values()), 'time')}: {first}{more}", style="dim"))
