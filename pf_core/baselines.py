@@ -148,6 +148,7 @@ class Shifts:
     def __init__(self, known: Iterable[Profile], transform: Callable[[np.ndarray], np.ndarray] = np.asarray) -> None:
         known = list(known)
         controls = {(item.tissue, item.cell_type): item for item in known if item.label == CONTROL}
+        self.controls = {context: transform(item.mean) for context, item in controls.items()}
         self.by_label: dict[str, dict[Context, Shift]] = {}
         for item in known:
             control = controls.get((item.tissue, item.cell_type))
@@ -228,14 +229,35 @@ def additive(shifts: Shifts) -> Predictor:
     return predict
 
 
-def mean_effect(shifts: Shifts) -> Predictor:
+def perturbation_mean(shifts: Shifts) -> Predictor:
     """As `mean_shift`, by the mean shift of all other training conditions: what perturbations have in common.
 
-    The baseline to beat for a perturbation never seen, where every other one declines (Ahlmann-Eltze et al. 2025,
-    Nature Methods).
-    Declines where there is no other training condition.
+    The baseline to beat for a perturbation never seen, where most others decline (Ahlmann-Eltze, Huber and Anders
+    2025, doi:10.1038/s41592-025-02772-6). Declines where there is no other training condition.
     """
     return lambda task: _shifted_profile(task, shifts.average(task.context, without=task.label))
+
+
+def nearest_context(shifts: Shifts) -> Predictor:
+    """As `mean_shift`, by the shift of the one training context whose controls are most like the task's.
+
+    Likeness is the Euclidean distance of the controls' log1p mean profiles; the own context is the nearest where the
+    label was trained there. Declines where the label has no training cells.
+
+    Args:
+        shifts: of profiles, `Shifts(known, log_profile)`.
+    """
+
+    def predict(task: Task) -> Prediction | Declined:
+        known = shifts.by_label.get(task.label)
+        if not known:
+            return Declined(f"{task.label} is not among the training conditions")
+        here = log_profile(control_profile(task))
+        far = {where: float(np.linalg.norm(shifts.controls[where] - here)) for where in known}
+        nearest = min(far, key=lambda where: (where != task.context, far[where], where))
+        return shifted(task, known[nearest].value, f"context {nearest[1]}, {nearest[0]}")
+
+    return predict
 
 
 def latent_shift(
@@ -270,12 +292,16 @@ def latent_shift(
     return predict
 
 
-def _shifted_profile(task: Task, found: Shift | Declined) -> Prediction | Declined:
-    if isinstance(found, Declined):
-        return found
+def control_profile(task: Task) -> np.ndarray:
+    """(n_genes,) mean over the control cells of counts / library."""
+    return np.asarray(task.counts.T @ (1.0 / np.asarray(task.library, dtype=np.float64))).ravel() / len(task.library)
+
+
+def shifted(task: Task, change: np.ndarray, basis: str) -> Prediction | Declined:
+    """The controls' mean profile with a change (n_genes,) of log1p(1e4 p) added, as in `mean_shift`."""
     library = np.asarray(task.library, dtype=np.float64)
-    p0 = np.asarray(task.counts.T @ (1.0 / library)).ravel() / len(library)
-    p1 = np.maximum(np.expm1(log_profile(p0) + found.value), 0.0)
+    p0 = control_profile(task)
+    p1 = np.maximum(np.expm1(log_profile(p0) + change), 0.0)
     if not p1.sum() > 0:
         return Declined("the controls hold no counts")
     p1 *= p0.sum() / p1.sum()
@@ -283,4 +309,8 @@ def _shifted_profile(task: Task, found: Shift | Declined) -> Prediction | Declin
     def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
         return library[rows, None] * p0, library[rows, None] * p1
 
-    return Prediction(means, found.basis, MEAN_PROFILE_R)
+    return Prediction(means, basis, MEAN_PROFILE_R)
+
+
+def _shifted_profile(task: Task, found: Shift | Declined) -> Prediction | Declined:
+    return found if isinstance(found, Declined) else shifted(task, found.value, found.basis)

@@ -233,16 +233,55 @@ def _write_h5ad(adata: Any, path: Path) -> None:
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run directory")],
+    run: Annotated[Path | None, typer.Argument(help="run directory")] = None,
     data: Annotated[Path | None, typer.Argument(help="the data, where they have moved")] = None,
-    output: Mode = "transport",
+    task: Annotated[Path | None, typer.Option(help="TOML file of a task: train and judge over its folds")] = None,
+    data_folder: Annotated[Path | None, typer.Option("--data", help="folder of the task's data")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the task's results, pf-task by default")] = None,
+    seeds: Annotated[int | None, typer.Option(help="only the first so many seeds of the task")] = None,
+    folds: Annotated[str | None, typer.Option(help="only these folds of the task, from 1, with commas")] = None,
+    output: Annotated[Output | None, typer.Option(help="how predicted means become cells")] = None,
     backend: Backend = "jax",
     device: Device = "cpu",
 ) -> None:
-    """Judge a run's held-out conditions again, beside the simple answers."""
+    """Judge a run's held-out conditions again, or run a task (--task), beside the simple answers."""
+    from pf_core.errors import ConfigError
+
+    if (run is None) == (task is None):
+        came = "neither" if run is None else "both"
+        raise ConfigError(f"{came} of a run directory and --task were given; give one of them")
+    if task is not None:
+        if output is not None:
+            raise ConfigError("--output goes with a run directory; a task is judged in count transport")
+        from pf_core import task_run, tasks
+
+        task_run.run(
+            tasks.load(task),
+            data=data_folder,
+            out=out or Path("pf-task"),
+            backend=backend,
+            device=device,
+            seeds=seeds,
+            folds=None if folds is None else _numbers(folds),
+            console=_console(),
+        )
+        return
+    for name, value in {"data": data_folder, "out": out, "seeds": seeds, "folds": folds}.items():
+        if value is not None:
+            raise ConfigError(f"--{name} goes with --task; a run directory takes only --output, --backend, --device")
     from pf_core import fit
 
-    fit.judge_again(run, source=data, backend=backend, device=device, output=output, console=_console())
+    assert run is not None
+    fit.judge_again(run, source=data, backend=backend, device=device, output=output or "transport", console=_console())
+
+
+def _numbers(text: str) -> list[int]:
+    from pf_core.errors import ConfigError
+
+    try:
+        return [int(part) for part in _commas(text)]
+    except ValueError:
+        raise ConfigError(f"--folds {text!r}: numbers with commas were wanted, for example 1,3") from None
 
 
 @app.command()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pf_core import baselines, metrics, noise
+from pf_core import baselines, metrics, noise, regressions
 from pf_core.baselines import Declined, Prediction, Predictor, Shifts, Task
+from pf_core.ceiling import resample
 from pf_core.config import Output
 from pf_core.data import Dataset
 from pf_core.errors import PredictionError
@@ -20,6 +21,7 @@ from pf_core.verdict import Condition, MetricRow
 
 MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
 MAX_PCA_CELLS = 20_000
+CEILING_REPEATS = 10  # splits of the real cells into halves
 MODEL = "operator model"
 HALVES = "real cells, half against half"
 Reference = Callable[[str, str, str, int], Csr]
@@ -79,9 +81,10 @@ def _some(cells: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
 
 def _predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dict[str, Predictor]:
     names = (dataset.label[seen], dataset.tissue[seen], dataset.cell_type[seen])
-    shifts = Shifts(
-        baselines.profiles(dataset.rows(seen), *names, library=dataset.library()[seen]), baselines.log_profile
-    )
+    known = baselines.profiles(dataset.rows(seen), *names, library=dataset.library()[seen])
+    shifts = Shifts(known, baselines.log_profile)
+    members = {item.label: tuple(name for name, _ in parse_condition(item.label, model.config.data)) for item in known}
+    features = _features(model)
     latents = model.encode(dataset, seen)
     latent_shifts = Shifts(baselines.profiles(lambda rows: latents[rows], *names))
 
@@ -98,10 +101,22 @@ def _predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dict[str, P
 
     return {
         "no change": baselines.no_change(),
+        "perturbation mean": baselines.perturbation_mean(shifts),
         "mean shift": baselines.mean_shift(shifts),
+        "nearest context": baselines.nearest_context(shifts),
         "latent shift": baselines.latent_shift(latent_shifts, encode, decode),
         "additive": baselines.additive(shifts),
+        "linear": regressions.linear(known, members, dataset.genes, features=features),
+        "kernel ridge": regressions.kernel_ridge(known, members, features=features),
     }
+
+
+def _features(model: Model) -> dict[str, np.ndarray] | None:
+    """The perturbation features that the model was trained with, if any: baselines see what the model sees."""
+    table = model.params.get("conditions.features")
+    if table is None:
+        return None
+    return dict(zip(model.vocabulary.perturbations[1:], np.asarray(table, np.float64)[1:], strict=True))
 
 
 def _model_predictor(model: Model, dataset: Dataset, controls: np.ndarray) -> Predictor:
@@ -164,11 +179,8 @@ def _judge(
         rows.append(MetricRow(condition, method, values, kind))
         if method == MODEL:
             planes["predicted"] = ruler.transform(counts)[:, :2]
-    halves = noise.generator(seed, f"evaluation.{name}.halves").permutation(len(cells))
-    first, second = halves[: len(cells) // 2], halves[len(cells) // 2 :]
-    if min(len(first), len(second)) > 1:
-        values = metrics.score(real[first], real[second], task.counts, ruler)
-        values |= _latent_energies(model, real[second], tissue, z_real[first])
+    if len(cells) >= 4:
+        values = _halves(real, z_real, task.counts, ruler, seed=seed, name=name)
         rows.append(MetricRow(condition, HALVES, values, "reference"))
     for method, reference in references.items():
         counts = reference(label, tissue, cell_type, len(cells))
@@ -176,6 +188,18 @@ def _judge(
         rows.append(MetricRow(condition, method, values, "reference"))
     planes |= {"control": ruler.transform(task.counts)[:, :2], "real": ruler.transform(real)[:, :2]}
     return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
+
+
+def _halves(real: Csr, z: np.ndarray, control: Csr, ruler: PCA, *, seed: int, name: str) -> dict[str, float]:
+    """The ceiling: every metric between disjoint halves of the real cells, mean over CEILING_REPEATS splits."""
+    found: list[dict[str, float]] = []
+    for index in range(CEILING_REPEATS):
+        first, second = resample(real.shape[0], seed=seed, name=f"evaluation.{name}", index=index)
+        values = metrics.score(real[first], real[second], control, ruler)
+        for estimator in ("u", "v"):
+            values[f"energy_latent_{estimator}"] = metrics.energy_distance(z[second], z[first], estimator=estimator)
+        found.append(values)
+    return {key: float(np.mean([values[key] for values in found])) for key in found[0]}
 
 
 def _latent_energies(model: Model, counts: Csr, tissue: str, z_real: np.ndarray) -> dict[str, float]:

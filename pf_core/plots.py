@@ -24,7 +24,16 @@ __all__ = ["cloud", "curve", "eigenvalues", "energies", "gradient_map", "profile
 
 # Okabe and Ito's colour-blind safe hues, a little lighter so that they also hold on a dark page.
 CONTROL, REAL, PREDICTED, MODEL = "#8d9299", "#1f7fc4", "#e0702a", "#e0702a"
-BASELINES = (("o", "#8d9299"), ("s", "#1f7fc4"), ("^", "#2a9d7c"), ("v", "#c05f9b"), ("P", "#b58900"), ("X", "#6c71c4"))
+BASELINES = (
+    ("o", "#8d9299"),
+    ("s", "#1f7fc4"),
+    ("^", "#2a9d7c"),
+    ("v", "#c05f9b"),
+    ("P", "#b58900"),
+    ("X", "#6c71c4"),
+    ("<", "#b0554e"),
+    ("h", "#5f8f2f"),
+)
 CELLS_DRAWN = 600  # per kind and condition; more only cover each other
 BINS = 240  # of a curve
 MAP_BINS = 72  # of the gradient heat map

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "MUTED", "PAPER", "RULE", "figure", "plain", "set_ticks", "short", "svg", "tick"]
+__all__ = ["INK", "MUTED", "PAPER", "RULE", "figure", "plain", "set_ticks", "short", "standalone", "svg", "tick"]
 
 # Sentinels, replaced by CSS variables once the SVG is written.
 INK, MUTED, RULE, PAPER = "#010203", "#020304", "#030405", "#fdfcfb"
+LIGHT = {INK: "#1b1f24", MUTED: "#5b6570", RULE: "#d5dae0", PAPER: "#ffffff"}  # of files of their own
 VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)"}
 
 
@@ -89,6 +90,17 @@ def svg(drawing: Figure, alt: str) -> str:
         f'aria-label="{escape(alt)}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     )
     return opening + re.sub(r">\s+<", "><", body).strip()
+
+
+def standalone(drawing: Figure, alt: str) -> str:
+    """The figure as an SVG file of its own, in fixed colours on white."""
+    text = svg(drawing, alt)
+    for sentinel, variable in VARIABLES.items():
+        text = text.replace(variable, LIGHT[sentinel])
+    end = text.index(">") + 1
+    width, height = 72 * drawing.get_size_inches()
+    opening = text[:end].replace(' style="', f' width="{width:g}" height="{height:g}" style="font-family:sans-serif;')
+    return f'{opening}<rect width="100%" height="100%" fill="{LIGHT[PAPER]}"/>{text[end:]}\n'
 
 
 def _tag(tag: str, used: set[str], prefix: str) -> str:

@@ -155,12 +155,37 @@ def test_latent_shift_of_an_unseen_combination_is_the_sum_of_its_members():
     np.testing.assert_allclose(mu1 / mu0, np.tile(np.exp(shift), (11, 1)), rtol=1e-10)
 
 
-def test_mean_effect_leaves_the_condition_itself_out():
+def test_perturbation_mean_leaves_the_condition_itself_out():
     known = _known(("control", "c1"), ("A", "c1"), ("B", "c1"), ("C", "c1"))
     found = Shifts(known, log_profile).average(("t", "c1"), without="A")
     wanted = (log_profile(_profile("B.c1")) + log_profile(_profile("C.c1"))) / 2 - log_profile(_profile("control.c1"))
     assert isinstance(found, baselines.Shift)
     np.testing.assert_allclose(found.value, wanted, rtol=1e-12)
+
+
+def test_nearest_context_takes_the_shift_of_the_most_similar_controls():
+    task = _task("A", cell_type="new")
+    p0 = baselines.control_profile(task)
+    far = _profile("far")
+    known = [
+        Profile("control", "t", "near", 50, 0.99 * p0 + 0.01 * far),
+        Profile("A", "t", "near", 50, _profile("A.near")),
+        Profile("control", "t", "far", 50, far),
+        Profile("A", "t", "far", 50, _profile("A.far")),
+    ]
+    shifts = Shifts(known, log_profile)
+    prediction = baselines.nearest_context(shifts)(task)
+    assert isinstance(prediction, Prediction)
+    assert prediction.basis == "context near, t"
+    wanted = _profile_means(task, shifts.by_label["A"]["t", "near"].value)[1]
+    np.testing.assert_allclose(_means(prediction)[1], wanted, rtol=1e-12)
+
+
+def test_the_own_context_is_the_nearest():
+    known = _known(("control", "c1"), ("A", "c1"), ("control", "c2"), ("A", "c2"))
+    prediction = baselines.nearest_context(Shifts(known, log_profile))(_task("A"))
+    assert isinstance(prediction, Prediction)
+    assert prediction.basis == "context c1, t"
 
 
 @pytest.mark.parametrize(
@@ -170,8 +195,9 @@ def test_mean_effect_leaves_the_condition_itself_out():
         ("latent_shift", "C", "C is not among the training conditions"),
         ("latent_shift", "A+C", "C is not among the training conditions"),
         ("additive", "A+C", "C is not among the training conditions"),
+        ("nearest_context", "C", "C is not among the training conditions"),
         ("additive", "A", "not a combination"),
-        ("mean_effect", "A", "there is no other training condition"),
+        ("perturbation_mean", "A", "there is no other training condition"),
     ],
 )
 def test_predictors_decline_with_a_reason_where_information_is_missing(name, label, reason):
