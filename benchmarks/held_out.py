@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -39,8 +40,6 @@ def train(data: Path, holdouts: tuple[str, ...], out: Path, backend: str, seed: 
 
 
 def _wait(process: subprocess.Popen) -> tuple[int, int, resource.struct_rusage]:
-    import os
-
     return os.wait4(process.pid, 0)
 
 
@@ -102,7 +101,12 @@ def main() -> None:
                 print(costs[-1], flush=True)
                 runs.setdefault(backend, []).append(out)
         lines += table(name, runs)
-    arguments.out.write_text("\n".join([*lines, *costs]) + "\n")
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    end = [
+        f"\nOne process after the other, OMP_NUM_THREADS {threads}; on a shared machine seconds are upper bounds.",
+        "What was tried on the way, and what limits the result, is in [experiments.md](experiments.md).",
+    ]
+    arguments.out.write_text("\n".join([*lines, *costs, *end]) + "\n")
 
 
 if __name__ == "__main__":
