@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from pf_core.checkpoint import write_atomic
 from pf_core.verdict import number
 
-__all__ = ["Drawing", "Page", "Section", "Table", "write"]
+__all__ = ["Drawing", "Page", "Section", "Table", "template", "write"]
 
 ROWS_OPEN = 24  # rows of a table that stand open; a longer one is folded
 
@@ -56,8 +56,8 @@ class Page:
     footer: str = ""
 
 
-def write(path: Path, page: Page) -> None:
-    """Write the page as one file, whole or not at all."""
+def template(name: str, **filters: Callable[..., Any]) -> Any:
+    """One of the package's jinja templates; everything is escaped but figures."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -68,9 +68,14 @@ def write(path: Path, page: Page) -> None:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    # Figures are the only text that is not escaped: svg.py made them and escaped what came from outside.
-    environment.filters |= {"cell": _cell, "figure": Markup}
-    html = environment.get_template("page.html.jinja").render(page=page, rows_open=ROWS_OPEN)
+    # svg.py made the figures and escaped what came from outside.
+    environment.filters |= {"figure": Markup, **filters}
+    return environment.get_template(name)
+
+
+def write(path: Path, page: Page) -> None:
+    """Write the page as one file, whole or not at all."""
+    html = template("page.html.jinja", cell=_cell).render(page=page, rows_open=ROWS_OPEN)
     write_atomic(path, html.encode(errors="xmlcharrefreplace"))
 
 

@@ -18,6 +18,7 @@ from pf_core import plots
 from pf_core.checkpoint import write_atomic
 from pf_core.config import Config
 from pf_core.history import Record, bad_steps, by_stage, read_history
+from pf_core.page import template
 from pf_core.verdict import (
     SHOWN,
     Condition,
@@ -168,20 +169,7 @@ def write_report(path: str | Path, payload: Report) -> None:
 
 def render(payload: Report) -> str:
     """The HTML of a report."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("pf_core", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    # Figures are the only text that is not escaped: plots.py made them and escaped what came from outside.
-    environment.filters |= {"number": number, "count": count, "figure": Markup}
-    template = environment.get_template("report.html.jinja")
-    return template.render(
+    return template("report.html.jinja", number=number, count=count).render(
         report=payload,
         judged=_judgement(payload),
         clouds=_clouds(payload),
