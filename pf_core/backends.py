@@ -8,11 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pf_core.config import Config
+from pf_core.config import RK4_STEPS, Config
 from pf_core.errors import ConfigError
 
 Arrays = dict[str, np.ndarray]
-STAGES = ("vae", "operator", "joint")
+STAGES = {"operator": ("vae", "operator", "joint"), "flow": ("cvae", "flow")}  # of each system, in order
 INSTALL = {"jax": "pip install perturb-forecast", "torch": 'pip install "perturb-forecast[torch]"'}
 
 
@@ -118,6 +118,65 @@ class Backend(Protocol):
         config: Config,
     ) -> str:
         """The first intermediate value or gradient that is not finite, by name; "" where all are finite."""
+        ...
+
+    def trajectory(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+        *,
+        method: str = "rk4",
+        n_steps: int = RK4_STEPS,
+        rtol: float = 1e-5,
+        atol: float = 1e-6,
+    ) -> np.ndarray:
+        """Latents (n_times, n_cells, n_latent) on the way of the vector field; the first are z itself."""
+        ...
+
+    def velocity(
+        self,
+        params: Mapping[str, np.ndarray],
+        times: np.ndarray,
+        z: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+    ) -> np.ndarray:
+        """dz/ds at one time per cell, (n_cells, n_latent)."""
+        ...
+
+    def endpoint_jacobian(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative of each cell's last latent in its first, (n_cells, n_latent, n_latent)."""
+        ...
+
+    def endpoint_gradient(
+        self,
+        params: Mapping[str, np.ndarray],
+        counts: np.ndarray,
+        tissue: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        weights: np.ndarray,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative in log1p(counts) of a weighted sum of genes' log1p of decoded counts per 10,000 at the end."""
         ...
 
 

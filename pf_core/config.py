@@ -25,6 +25,12 @@ POWER_ITERATIONS = 5
 ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
 CLIP_EPS = 1e-6  # global-norm clip: min(1, max_norm / (norm + eps))
 TILE = 512  # rows of a tile of the energy distance
+LEAKY_SLOPE = 0.2  # of leaky relu below and at 0
+BATCH_NORM_EPS = 1e-5  # added to the variance
+BATCH_NORM_MOMENTUM = 0.1  # weight of a batch in the running statistics
+ATTENTION_EPS = 1e-16  # added to the softmax's denominator over the edges into a gene
+STANDARD_FLOOR = 1e-8  # smallest standard deviation of a latent that is divided by
+RK4_STEPS = 20  # of Runge-Kutta per interval between two requested times
 
 Output = Literal["transport", "sample", "mean"]  # how decoded means become predicted cells (outputs.py)
 
@@ -67,6 +73,7 @@ class DataConfig:
     layer: str = ""  # "" takes layers["counts"] where it exists, else X
     genes: int = 2000  # highly variable genes kept; 0 keeps every gene
     min_counts: int = 0  # cells with fewer counts are left out (and counted in the report)
+    time: str = "time"  # column of times, in any unit; the flow system alone reads it
     holdout: tuple[str, ...] = ()  # "column=value,column=value", any number of them
     holdout_share: float = 0.0  # share of non-control conditions held out at random
     validation_share: float = 0.1
@@ -123,6 +130,42 @@ class OperatorConfig:
 
 
 @dataclass(frozen=True)
+class AdversaryConfig:
+    """The discriminator that clears the flow system's latents of the tissue (docs/math.md 7)."""
+
+    kind: Literal["entropy", "minimax"] = "entropy"
+    weight: float = 1.0  # of the adversary beside the ELBO; 0 trains the discriminator and leaves the encoder alone
+    n_hidden: int = 128
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        _bounds("adversary", self, 1, "n_hidden")
+        _bounds("adversary", self, 0, "weight")
+        _shares("adversary", self, "dropout")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The vector field and the pairs it learns from (docs/math.md 7)."""
+
+    n_embedding: int = 16  # per gene and head
+    n_heads: int = 2
+    n_time: int = 16
+    n_condition: int = 16
+    n_hidden: int = 128
+    coupling: Literal["exact", "entropic"] = "exact"  # entropic: by the twin's own library, extra "flow"
+    scope: Literal["minibatch", "global"] = "minibatch"  # a new plan per step, or one over all cells
+    pairing: Literal["sample", "argmax"] = "sample"
+    epsilon: float = 0.05  # entropic regularisation, in units of the mean cost
+    unbalanced: float = 0.0  # strength of the marginals in units of the mean cost; 0 holds them exactly
+    reach: float = 1.0  # share of the way that cells are moved between measured times; see docs/experiments.md
+
+    def __post_init__(self) -> None:
+        _bounds("flow", self, 1, "n_embedding", "n_heads", "n_time", "n_condition", "n_hidden")
+        _bounds("flow", self, 0, "epsilon", "unbalanced", "reach")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """How long and with which optimiser one stage is trained."""
 
@@ -150,9 +193,12 @@ class Config:
 
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    system: Literal["operator", "flow"] = "operator"
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     operator: OperatorConfig = field(default_factory=OperatorConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
     stage_vae: StageConfig = field(default_factory=StageConfig)
     stage_operator: StageConfig = field(
         default_factory=lambda: StageConfig(max_steps=1000, learning_rate=1e-3, evaluate_every=50)
@@ -160,9 +206,16 @@ class Config:
     stage_joint: StageConfig = field(
         default_factory=lambda: StageConfig(max_steps=0, learning_rate=1e-4, evaluate_every=50)
     )
+    stage_cvae: StageConfig = field(default_factory=StageConfig)
+    stage_flow: StageConfig = field(default_factory=lambda: StageConfig(max_steps=2000, evaluate_every=50))
 
     def __post_init__(self) -> None:
         _bounds("config", self, 0, "seed")
+        settings = (self.vae.input, self.vae.scale, self.vae.dispersion)
+        if self.system == "flow" and settings != ("log1p", "library", "gene"):
+            raise ConfigError(
+                f"vae.input, scale and dispersion are {settings}; the flow system has 'log1p', 'library', 'gene'"
+            )
 
     @classmethod
     def from_toml(cls, path: str | Path) -> Config:

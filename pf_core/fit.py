@@ -32,6 +32,8 @@ from pf_core.splits import Split
 from pf_core.start import start_operators, start_vae
 from pf_core.training import stage_settings, train_stage
 
+STAGES = backends.STAGES["operator"]
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -290,7 +292,7 @@ def _train(
     params = start_vae(vae_parameters(config.vae, sizes, config.seed), dataset, split.train, config.vae)
 
     def stage(name: str, source: Any, params: Parameters, trainable: Callable[[str], bool], carry: Any) -> Parameters:
-        done = last is not None and backends.STAGES.index(last.stage) > backends.STAGES.index(name)
+        done = last is not None and STAGES.index(last.stage) > STAGES.index(name)
         chosen = tuple(sorted(filter(trainable, params)))
         if done or not stage_settings(config, name).max_steps:
             best = run.best(name)

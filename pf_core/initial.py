@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pf_core.config import OperatorConfig, VAEConfig
+from pf_core.config import AdversaryConfig, FlowConfig, OperatorConfig, VAEConfig
 from pf_core.noise import generator
 
 Parameters = dict[str, np.ndarray]
@@ -77,6 +77,68 @@ def operator_parameters(config: OperatorConfig, n_latent: int, sizes: Sizes, see
         # Most units start active, so the profile starts near linear in theta: members add until data say otherwise.
         params[f"operators.{name}.hidden.bias"] += 1.0
         _dense(params, seed, f"operators.{name}.out", config.n_hidden, config.n_bases)
+    return params
+
+
+def cvae_parameters(config: VAEConfig, adversary: AdversaryConfig, sizes: Sizes, seed: int) -> Parameters:
+    """Parameters of the flow system's conditional NB-VAE and its discriminator, float64, canonical names."""
+    n_hidden, n_latent, n_code = config.n_hidden, config.n_latent, sizes.n_tissues
+    params: Parameters = {}
+    _dense(params, seed, "cvae.encoder.block1", sizes.n_genes + n_code, n_hidden)
+    _dense(params, seed, "cvae.encoder.block2", n_hidden, n_hidden)
+    for block, norm in (("block1", "norm1"), ("block2", "norm2")):
+        del params[f"cvae.encoder.{block}.bias"]  # the norm takes the mean off again
+        params[f"cvae.encoder.{norm}.scale"] = np.ones(n_hidden)
+        params[f"cvae.encoder.{norm}.shift"] = np.zeros(n_hidden)
+    _dense(params, seed, "cvae.encoder.mean", n_hidden, n_latent)
+    _dense(params, seed, "cvae.encoder.logvar", n_hidden, n_latent)
+    _dense(params, seed, "cvae.decoder.block1", n_latent + n_code, n_hidden)
+    _dense(params, seed, "cvae.decoder.block2", n_hidden, n_hidden)
+    _dense(params, seed, "cvae.decoder.mean", n_hidden, sizes.n_genes)
+    params["cvae.decoder.log_r"] = np.zeros(sizes.n_genes)
+    n_classes = max(sizes.n_tissues - 1, 1)  # without "unknown"
+    _dense(params, seed, "discriminator.hidden1", n_latent, adversary.n_hidden)
+    _dense(params, seed, "discriminator.hidden2", adversary.n_hidden, adversary.n_hidden)
+    _dense(params, seed, "discriminator.out", adversary.n_hidden, n_classes)
+    return params
+
+
+def running_statistics(config: VAEConfig) -> Parameters:
+    """What the batch norms carry from step to step, at their start."""
+    names = [f"cvae.encoder.{norm}" for norm in ("norm1", "norm2")]
+    return {f"{name}.{kind}": start * np.ones(config.n_hidden) for name in names for kind, start in _STATISTICS}
+
+
+_STATISTICS = (("mean", 0.0), ("var", 1.0))
+
+
+def flow_parameters(
+    config: FlowConfig, n_latent: int, n_conditions: int, n_genes: int, seed: int, *, graph: bool
+) -> Parameters:
+    """Parameters of the vector field, float64, canonical names. n_conditions is the width of the condition code."""
+    params: Parameters = {}
+    h, width = config.n_embedding, config.n_embedding * config.n_heads
+    bound = np.sqrt(6.0 / (n_genes + h))
+    params["flow.genes"] = generator(seed, "flow.genes").uniform(-bound, bound, (n_genes, h))
+    if graph:
+        _dense(params, seed, "flow.graph.source", h, width)
+        del params["flow.graph.source.bias"]  # attention sums to 1: it would be the bias after it
+        _dense(params, seed, "flow.graph.target", h, width)
+        _dense(params, seed, "flow.graph.edge", 1, width)
+        del params["flow.graph.edge.bias"]  # it would be that of the target
+        bound = 1.0 / np.sqrt(h)
+        params["flow.graph.attention"] = generator(seed, "flow.graph.attention").uniform(
+            -bound, bound, (config.n_heads, h)
+        )
+        params["flow.graph.bias"] = np.zeros(width)
+    else:
+        _dense(params, seed, "flow.graph.linear", h, width)
+    _dense(params, seed, "flow.query", n_latent, width)
+    _dense(params, seed, "flow.time.hidden", 1, config.n_time)
+    _dense(params, seed, "flow.time.out", config.n_time, config.n_time)
+    _dense(params, seed, "flow.condition", n_conditions, config.n_condition)
+    _dense(params, seed, "flow.head.hidden", n_latent + width + config.n_time + config.n_condition, config.n_hidden)
+    _dense(params, seed, "flow.head.out", config.n_hidden, n_latent)
     return params
 
 
