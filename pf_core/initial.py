@@ -105,11 +105,8 @@ def cvae_parameters(config: VAEConfig, adversary: AdversaryConfig, sizes: Sizes,
 
 def running_statistics(config: VAEConfig) -> Parameters:
     """What the batch norms carry from step to step, at their start."""
-    names = [f"cvae.encoder.{norm}" for norm in ("norm1", "norm2")]
-    return {f"{name}.{kind}": start * np.ones(config.n_hidden) for name in names for kind, start in _STATISTICS}
-
-
-_STATISTICS = (("mean", 0.0), ("var", 1.0))
+    starts = {"mean": np.zeros(config.n_hidden), "var": np.ones(config.n_hidden)}
+    return {f"cvae.encoder.{norm}.{kind}": start for norm in ("norm1", "norm2") for kind, start in starts.items()}
 
 
 def flow_parameters(
