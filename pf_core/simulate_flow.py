@@ -7,10 +7,10 @@ Cells are points z of a latent space that move by dz/ds = v(z, condition), s fro
     v_k = -RELAX z_k                                the other dimensions
 
 push is 0 for control, whose cells part into both branches, and positive for the drug, which sends cells to the upper
-one. All cells start at N(START, SPREAD^2) as control cells; the conditions part from there, so that the first time point
-has controls only. Every time point is a fresh sample, because measuring destroys a cell. Counts are negative binomial
-around library * softmax(z W + bias + tissue). Columns of W follow a signed network: a target's column is the signed mean
-of its regulators' columns plus noise of its own, so that an edge says how expression goes together.
+one. All cells start at N(START, SPREAD^2) as control cells; the conditions part from there, so that the first time
+point has controls only. Every time point is a fresh sample, because measuring destroys a cell. Counts are negative
+binomial around library * softmax(z W + bias + tissue). Columns of W follow a signed network: a target's column is the
+signed mean of its regulators' columns plus noise of its own, so that an edge says how expression goes together.
 """
 
 from __future__ import annotations
