@@ -43,8 +43,8 @@ class LogProfile:
 def measure(counts: Csr, library: np.ndarray) -> LogProfile:
     """The log profile of cells.
 
-    The variance of a gene over the cells is taken to be at least that of Poisson counts, at a mean of at least one count
-    among all of the cells: genes that happen to have no count are not known without error.
+    The variance of a gene over the cells is taken to be at least that of Poisson counts with a mean of at least one
+    count among all of the cells: genes that happen to have no count are not known without error.
 
     Args:
         counts: (n_cells, n_genes) CSR.

@@ -5,9 +5,9 @@ For gene g in context c,
     change_cg = m_g + f_g(c) + error_cg,    m_g flat,    f_g ~ GP(0, s_g^2 exp(-D(c, c') / l)),    error ~ N(0, v_cg)
 
 with D the squared distance between the contexts' control profiles. Few genes respond, and those that do differ between
-contexts by much: s_g^2 has a discrete prior on SCALES whose probabilities are learned from all genes at once (empirical
-Bayes by EM; Laird 1978, doi:10.1080/01621459.1978.10480103). Predictions are averaged over it and over LENGTHS, each by its
-marginal likelihood (restricted: m_g integrated out). Contexts of few cells have large errors and count for little.
+contexts by much: s_g^2 has a discrete prior on SCALES whose probabilities are learned from all genes at once, by EM
+(empirical Bayes; Laird 1978, doi:10.1080/01621459.1978.10480103). Predictions are averaged over it and over LENGTHS,
+each by its marginal likelihood, with m_g integrated out. Contexts of few cells have large errors and count for little.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from pf_core.calibration import Calibration, from_arrays, levels, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
-from pf_core.labels import Members, parse_condition, texts
 from pf_core.kriging import Kriged
+from pf_core.labels import Members, parse_condition, texts
 from pf_core.operator import Operator
 from pf_core.outputs import BLOCK, Means, predicted_counts
 
@@ -320,7 +320,7 @@ class Model:
     def _calibrated(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], Kriged]]:
-        """The context of every cell, factors (2, n_contexts, n_genes) of decoded means, and the changes they lead to."""
+        """Context of every cell, factors (2, n_contexts, n_genes) of decoded means, and the changes they give."""
         keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
         place = {context: row for row, context in enumerate(sorted(set(keys)))}
         rows_of = np.array([place[key] for key in keys])
@@ -336,7 +336,8 @@ class Model:
             if any(one is not None for one in carried):
                 tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
                 decoded = [self._mean_profile(z[here], tissue, library) for z in (z0, z1)]
-                *factors[:, row], change = levels(controls, *decoded, carried)
+                before, after, change = levels(controls, decoded[0], decoded[1], carried)
+                factors[:, row] = before, after
                 if change is not None:
                     changes[context] = change
         return rows_of, factors, changes
@@ -373,8 +374,8 @@ class Model:
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
             in obsm["X_control_latent"] and obsm["X_latent"]. Where training saw the perturbation in other contexts,
-            varm["change"] holds the predicted change of log1p of the mean profile per 10,000 counts, (n_genes, contexts of
-            uns["pf"]["contexts"]), and varm["change_sd"] its standard deviation.
+            varm["change"] holds the predicted change of log1p of the mean profile per 10,000 counts, one column per
+            context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.
