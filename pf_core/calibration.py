@@ -25,7 +25,7 @@ import numpy as np
 from pf_core.baselines import Context, Declined, Shift, Shifts, log_profile
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.kriging import Kriged, corrected_squares, krige
+from pf_core.kriging import Change, corrected_squares, krige
 from pf_core.labels import Members, condition_label
 from pf_core.outputs import Csr
 
@@ -34,10 +34,11 @@ MAX_CELLS = 500  # per condition, for its decoded change
 
 @dataclass(frozen=True)
 class LogProfile:
-    """log1p(1e4 p) of the mean profile p of some cells, (n_genes,), and the variance of its sampling error."""
+    """log1p(1e4 p) of the mean profile p of some cells, (n_genes,), and two variances of its sampling error."""
 
     value: np.ndarray
-    error: np.ndarray
+    error: np.ndarray  # at least that of Poisson counts: no gene is known without error
+    noise: np.ndarray  # unbiased; 0 for a single cell, of which it is not known
 
 
 def measure(counts: Csr, library: np.ndarray) -> LogProfile:
@@ -55,8 +56,8 @@ def measure(counts: Csr, library: np.ndarray) -> LogProfile:
     mean = np.asarray(counts.T @ inverse).ravel() / n
     spread = np.asarray(counts.multiply(counts).T @ inverse**2).ravel() / n - mean**2
     least = inverse.mean() * np.maximum(mean, inverse.mean() / n)
-    slope = NORMALISED_TOTAL / (1.0 + NORMALISED_TOTAL * mean)
-    return LogProfile(log_profile(mean), np.maximum(spread, least) / n * slope**2)
+    slope = (NORMALISED_TOTAL / (1.0 + NORMALISED_TOTAL * mean)) ** 2
+    return LogProfile(log_profile(mean), np.maximum(spread, least) / n * slope, spread / max(n - 1, 1) * slope)
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Carried:
     """What training contexts say of one condition in one context: both answers' parts, (n_genes,) each."""
 
     residual: np.ndarray  # observed less decoded change
-    change: Kriged
+    change: Change
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Calibration:
     """What was observed of the training conditions, on log1p of profiles at 1e4."""
 
     residuals: Shifts
-    changes: dict[str, dict[Context, LogProfile]] = field(default_factory=dict)
+    changes: dict[str, dict[Context, Change]] = field(default_factory=dict)  # measured, with their sampling errors
     controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
 
@@ -90,18 +91,18 @@ class Calibration:
         places = [self.controls[where] for where in known]
         squares = corrected_squares(
             np.stack([place.value for place in (*places, controls)]),
-            np.stack([place.error for place in (*places, controls)]),
+            np.stack([place.noise for place in (*places, controls)]),
         )
         if context in known:  # the same place, whichever of its cells are given
             row = list(known).index(context)
             squares[-1, :-1] = squares[:-1, -1] = squares[row, :-1]
-        changes, errors = (np.stack([getattr(one, part) for one in known.values()]) for part in ("value", "error"))
+        changes, errors = (np.stack([getattr(one, part) for one in known.values()]) for part in ("mean", "variance"))
         return Carried(residual.value, krige(changes, errors, squares))
 
 
 def levels(
     controls: LogProfile, before: np.ndarray, after: np.ndarray, carried: Sequence[Carried | None]
-) -> tuple[np.ndarray, np.ndarray, Kriged | None]:
+) -> tuple[np.ndarray, np.ndarray, Change | None]:
     """Factors by which decoded means before and after are multiplied, and the predicted change with its variance.
 
     Args:
@@ -126,7 +127,7 @@ def levels(
         np.divide(wanted / NORMALISED_TOTAL, decoded, out=np.ones_like(decoded), where=decoded > 0)
         for wanted, decoded in ((profile, before), (moved, after))
     ]
-    return factors[0], factors[1], Kriged(np.log1p(moved) - controls.value, np.asarray(variance))
+    return factors[0], factors[1], Change(np.log1p(moved) - controls.value, np.asarray(variance))
 
 
 def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
@@ -138,14 +139,14 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         before, after: (n_groups, n_genes) mean decoded profiles of each group's controls, as they are and moved.
     """
     decoded = log_profile(after) - log_profile(before)
-    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, LogProfile]]] = {}
+    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, Change]]] = {}
     cells: dict[Context, list[np.ndarray]] = {}
     for group, change in zip(groups, decoded, strict=True):
         moved, controls = _measured(dataset, group.cells), _measured(dataset, group.controls)
-        observed = LogProfile(moved.value - controls.value, moved.error + controls.error)
+        observed = Change(moved.value - controls.value, moved.error + controls.error)
         n = len(group.cells) * len(group.controls) / (len(group.cells) + len(group.controls))
         context = group.tissue, group.cell_type
-        parts.setdefault((group.label, context), []).append((n, observed.value - change, observed))
+        parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
         cells.setdefault(context, []).append(group.controls)
     found = Calibration(Shifts(()), separator=dataset.config.separator)
     for (label, context), measured in parts.items():
@@ -154,9 +155,9 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         residual = shares @ np.stack([difference for _, difference, _ in measured])
         shift = Shift(residual, float(sizes.sum() / (sizes.sum() + MIN_MATCHED)), "own context")
         found.residuals.by_label.setdefault(label, {})[context] = shift
-        found.changes.setdefault(label, {})[context] = LogProfile(
-            shares @ np.stack([one.value for _, _, one in measured]),
-            shares**2 @ np.stack([one.error for _, _, one in measured]),
+        found.changes.setdefault(label, {})[context] = Change(
+            shares @ np.stack([one.mean for _, _, one in measured]),
+            shares**2 @ np.stack([one.variance for _, _, one in measured]),
         )
     for context, several in cells.items():
         found.controls[context] = _measured(dataset, np.unique(np.concatenate(several)))
@@ -183,10 +184,11 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     return {
         "residuals": np.array([shift.value for *_, shift, _ in rows], np.float32),
         "weights": np.array([shift.weight for *_, shift, _ in rows]),
-        "changes": np.array([change.value for *_, change in rows], np.float32),
-        "change_errors": np.array([change.error for *_, change in rows], np.float32),
+        "changes": np.array([change.mean for *_, change in rows], np.float32),
+        "change_errors": np.array([change.variance for *_, change in rows], np.float32),
         "controls": np.array([one.value for _, one in contexts], np.float32),
         "control_errors": np.array([one.error for _, one in contexts], np.float32),
+        "control_noise": np.array([one.noise for _, one in contexts], np.float32),
         "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
     }
 
@@ -198,9 +200,11 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     found = Calibration(Shifts(()), separator=names["separator"])
     for index, (label, tissue, cell_type) in enumerate(names["rows"]):
         shift = Shift(values["residuals"][index], float(values["weights"][index]), "own context")
-        change = LogProfile(values["changes"][index], values["change_errors"][index])
+        change = Change(values["changes"][index], values["change_errors"][index])
         found.residuals.by_label.setdefault(label, {})[tissue, cell_type] = shift
         found.changes.setdefault(label, {})[tissue, cell_type] = change
     for index, (tissue, cell_type) in enumerate(names["contexts"]):
-        found.controls[tissue, cell_type] = LogProfile(values["controls"][index], values["control_errors"][index])
+        found.controls[tissue, cell_type] = LogProfile(
+            values["controls"][index], values["control_errors"][index], values["control_noise"][index]
+        )
     return found

@@ -14,7 +14,7 @@ from pf_core.ceiling import resample
 from pf_core.config import Output
 from pf_core.data import Dataset
 from pf_core.errors import PredictionError
-from pf_core.kriging import Kriged
+from pf_core.kriging import Change
 from pf_core.labels import condition_label, parse_condition
 from pf_core.metrics import PCA
 from pf_core.model import ENCODE_BLOCK, Model
@@ -198,7 +198,7 @@ def _judge(
     return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
 
 
-def coverage(change: Kriged, real: LogProfile, controls: LogProfile) -> dict[str, float]:
+def coverage(change: Change, real: LogProfile, controls: LogProfile) -> dict[str, float]:
     """Share of genes whose observed mean change lies in the predicted 90 % interval.
 
     The interval is that of a measurement: uncertainty of the prediction and sampling error of both measured means.

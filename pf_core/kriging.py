@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Kriged", "corrected_squares", "krige"]
+__all__ = ["Change", "corrected_squares", "krige"]
 
 SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log1p counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
@@ -25,14 +25,14 @@ SMALLEST = 1e-6  # eigenvalue of a kernel: corrected distances need not be dista
 
 
 @dataclass(frozen=True)
-class Kriged:
-    """The change expected in the new context, (n_genes,), and the variance of what is not known of it."""
+class Change:
+    """A change of log1p of a mean profile, (n_genes,), and the variance of what is not known of it."""
 
     mean: np.ndarray
     variance: np.ndarray
 
 
-def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Kriged:
+def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Change:
     """The change of every gene in one more context.
 
     Args:
@@ -62,7 +62,7 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Krige
     weights /= weights.sum()
     mean = sum(w * fit[1] for w, fit in zip(weights, fits, strict=True))
     second = sum(w * fit[2] for w, fit in zip(weights, fits, strict=True))
-    return Kriged(np.asarray(mean), np.maximum(second - mean**2, 0.0))
+    return Change(np.asarray(mean), np.maximum(second - mean**2, 0.0))
 
 
 def _given_length(
@@ -104,7 +104,7 @@ def _positive(kernel: np.ndarray) -> np.ndarray:
 
 
 def corrected_squares(profiles: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """(n, n) squared distances between log profiles (n, n_genes), less what sampling errors add to them."""
+    """(n, n) squared distances of log profiles (n, n_genes), less what their sampling variances add to them."""
     squares = ((profiles[:, None] - profiles[None]) ** 2).sum(-1) - (errors[:, None] + errors[None]).sum(-1)
     np.fill_diagonal(squares, 0.0)
     return np.maximum(squares, 0.0)

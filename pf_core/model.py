@@ -17,7 +17,7 @@ from pf_core.calibration import Calibration, from_arrays, levels, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
-from pf_core.kriging import Kriged
+from pf_core.kriging import Change
 from pf_core.labels import Members, parse_condition, texts
 from pf_core.operator import Operator
 from pf_core.outputs import BLOCK, Means, predicted_counts
@@ -34,12 +34,8 @@ class Forecast(NamedTuple):
     """Where cells go."""
 
     z0: np.ndarray  # (n, n_latent) latents before
-    points: list[
-        tuple[np.ndarray, Means]
-    ]  # per time: latents (n, n_latent), means of a block of cells before and there
-    changes: dict[
-        tuple[str, str], Kriged
-    ]  # by (tissue, cell type): change of log1p of the mean profile, where calibrated
+    points: list[tuple[np.ndarray, Means]]  # per time: latents there, means of a block of cells before and there
+    changes: dict[tuple[str, str], Change]  # of log1p mean profiles, by (tissue, cell type), where calibrated
 
 
 class Model:
@@ -319,13 +315,13 @@ class Model:
 
     def _calibrated(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], Kriged]]:
+    ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], Change]]:
         """Context of every cell, factors (2, n_contexts, n_genes) of decoded means, and the changes they give."""
         keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
         place = {context: row for row, context in enumerate(sorted(set(keys)))}
         rows_of = np.array([place[key] for key in keys])
         factors = np.ones((2, len(place), dataset.n_genes))
-        changes: dict[tuple[str, str], Kriged] = {}
+        changes: dict[tuple[str, str], Change] = {}
         if self.calibration is None:
             return rows_of, factors, changes
         for context, row in place.items():
