@@ -22,8 +22,8 @@ from pf_core.config import NORMALISED_TOTAL
 from pf_core.dataset import Dataset
 from pf_core.errors import PredictionError
 from pf_core.labels import CONTROL, UNKNOWN
+from pf_core.latent import ENCODE_BLOCK
 from pf_core.metrics import energy_distance
-from pf_core.model import ENCODE_BLOCK
 from pf_core.operator import Operator
 
 if TYPE_CHECKING:
