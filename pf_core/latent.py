@@ -10,7 +10,7 @@ from pf_core import data
 from pf_core.backends import Backend
 from pf_core.batches import Vocabulary
 from pf_core.checkpoint import Run
-from pf_core.config import Config
+from pf_core.config import NORMALISED_TOTAL, Config
 from pf_core.outputs import BLOCK
 
 __all__ = ["ENCODE_BLOCK", "LatentModel"]
@@ -59,3 +59,36 @@ class LatentModel:
         tissues = np.arange(len(self.vocabulary.tissues), dtype=np.int32)
         r = self.backend.dispersion(self.params, tissues, self.config)
         return r if r.ndim == 1 else np.exp(np.log(r).mean(0))
+
+    def log_profiles(self, z: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+        """log1p of decoded counts per 10,000, (n, n_genes) float64.
+
+        Args:
+            z: (n, n_latent).
+            tissue: (n,) indices.
+        """
+        out = np.empty((len(z), len(self.vocabulary.genes)))
+        for start in range(0, len(z), ENCODE_BLOCK):
+            rows = slice(start, start + ENCODE_BLOCK)
+            depth = np.full(len(z[rows]), NORMALISED_TOTAL, self.config.dtype)
+            mean = self.decode(z[rows].astype(self.config.dtype), tissue[rows], depth)
+            out[rows] = np.log1p(mean.astype(np.float64))
+        return out
+
+    def slopes(self, z: np.ndarray, direction: np.ndarray, tissue: np.ndarray) -> np.ndarray:
+        """Derivative of `log_profiles` along a direction of each cell, (n, n_genes) float64.
+
+        Args:
+            z, direction: (n, n_latent).
+            tissue: (n,) indices.
+        """
+        dtype, out = self.config.dtype, []
+        for start in range(0, len(z), ENCODE_BLOCK):
+            rows = slice(start, start + ENCODE_BLOCK)
+            n = len(z[rows])
+            pad = ENCODE_BLOCK - n
+            at, along = (np.pad(part[rows].astype(dtype), ((0, pad), (0, 0))) for part in (z, direction))
+            place, depth = np.pad(tissue[rows], (0, pad)), np.full(ENCODE_BLOCK, NORMALISED_TOTAL, dtype)
+            moved = self.backend.decode_jacobian_vector(self.params, at, along, place, depth, self.config)[:n]
+            out.append(moved.astype(np.float64) / (1.0 + self.decode(at[:n], place[:n], depth[:n]).astype(np.float64)))
+        return np.concatenate(out)
