@@ -18,16 +18,9 @@ from scipy.spatial.distance import cdist
 from pf_core.baselines import Declined
 from pf_core.noise import generator
 from pf_core.outputs import Csr
+from pf_core.times import Point, Series
 
-__all__ = ["Gap", "Side", "closeness", "mixed", "ot_interpolation"]
-
-
-@dataclass(frozen=True)
-class Side:
-    """The measured time point next to an unseen one: its time in real units, its cells as indices of the data set."""
-
-    time: float
-    cells: np.ndarray
+__all__ = ["Gap", "closeness", "gap", "mixed", "ot_interpolation"]
 
 
 @dataclass(frozen=True)
@@ -37,19 +30,26 @@ class Gap:
     A side is None where the series ends: what lies there is an extrapolation, which no method here answers.
     """
 
-    condition: str
+    label: str
     tissue: str
     time: float  # real units
-    before: Side | None
-    after: Side | None
+    before: Point | None
+    after: Point | None
 
     @property
-    def sides(self) -> tuple[Side, Side] | Declined:
+    def sides(self) -> tuple[Point, Point] | Declined:
         """Both sides, or why there are not two."""
         if self.before is None or self.after is None:
             missing = "earlier" if self.before is None else "later"
             return Declined(f"there is no {missing} time point to interpolate from")
         return self.before, self.after
+
+
+def gap(series: Series, time: float) -> Gap:
+    """The gap of a series in which a time lies; a time point of the series at this very time is left out."""
+    before = [point for point in series.points if point.time < time]
+    after = [point for point in series.points if point.time > time]
+    return Gap(series.label, series.tissue, time, before[-1] if before else None, after[0] if after else None)
 
 
 def closeness(before: float, time: float, after: float) -> float:

@@ -6,7 +6,8 @@ from scipy import sparse
 
 from pf_core.baselines import Declined
 from pf_core.metrics import energy_distance
-from pf_core.time_baselines import Gap, Side, closeness, mixed, ot_interpolation
+from pf_core.time_baselines import closeness, gap, mixed, ot_interpolation
+from pf_core.times import Point, Series
 
 MANY = 2000
 
@@ -87,10 +88,18 @@ def test_interpolation_loses_noise_that_the_mixture_keeps():
     np.testing.assert_allclose(between[:, 2:].var(0).mean(), 0.5, atol=0.05)  # of the mean of two independent normals
 
 
-def test_a_gap_has_two_sides_or_says_which_is_missing():
-    before, after = Side(1.0, np.arange(3)), Side(3.0, np.arange(3, 7))
-    assert Gap("control", "t", 2.0, before, after).sides == (before, after)
-    for sides, word in (((before, None), "later"), ((None, after), "earlier")):
-        found = Gap("control", "t", 2.0, *sides).sides
-        assert isinstance(found, Declined)
-        assert found.reason == f"there is no {word} time point to interpolate from"
+def point(time, label="control"):
+    return Point(time, f"{time:g}", label, np.arange(3))
+
+
+def test_a_gap_has_the_measured_points_next_to_it():
+    series = Series("drug", "t", (point(0.0), point(6.0, "drug"), point(24.0, "drug"), point(48.0, "drug")))
+    assert [side.time for side in gap(series, 12.0).sides] == [6.0, 24.0]
+    assert [side.time for side in gap(series, 24.0).sides] == [6.0, 48.0]  # left out where it is measured itself
+
+
+@pytest.mark.parametrize(("time", "word"), [(-1.0, "earlier"), (0.0, "earlier"), (9.0, "later")])
+def test_a_gap_at_the_end_of_a_series_declines(time, word):
+    found = gap(Series("drug", "t", (point(0.0), point(9.0))), time).sides
+    assert isinstance(found, Declined)
+    assert found.reason == f"there is no {word} time point to interpolate from"
