@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import sparse
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
 
 from pf_core.baselines import Declined
+from pf_core.coupling import exact_plan, sample_pairs
 from pf_core.noise import generator
 from pf_core.outputs import Csr
 from pf_core.times import Point, Series
@@ -98,20 +97,17 @@ def ot_interpolation(
 ) -> Csr:
     """Linear interpolation of the expression of optimally coupled cells, (1 - share) a_i + share b_j.
 
-    The plan is exact, of squared Euclidean distance between equal numbers of cells: of the larger side a draw.
-
     Args:
         before, after: (n, n_genes) and (m, n_genes) CSR, log-normalised cells of either side.
-        x, y: (n, d) and (m, d) coordinates of these cells in which they are coupled.
+        x, y: (n, d) and (m, d) coordinates of these cells, under whose squared distance the plan is exact.
         share: of the later side.
-        seed, name: of the draw.
-        most: pairs at most; the plan costs their number to the third.
+        seed, name: of the draws.
+        most: cells of a side; of a larger one a draw. The plan costs about their number to the third.
 
     Returns:
-        (min(n, m, most), n_genes) CSR of log-normalised interpolated cells.
+        (k, n_genes) CSR of log-normalised interpolated cells: k pairs of the plan, the number of the larger side.
     """
-    n = min(len(x), len(y), most)
-    i = _some(np.arange(len(x)), n, seed, f"{name}.couple.before")
-    j = _some(np.arange(len(y)), n, seed, f"{name}.couple.after")
-    rows, columns = linear_sum_assignment(cdist(x[i], y[j], "sqeuclidean"))
-    return sparse.csr_matrix((1.0 - share) * before[i[rows]] + share * after[j[columns]])
+    i = _some(np.arange(len(x)), most, seed, f"{name}.couple.before")
+    j = _some(np.arange(len(y)), most, seed, f"{name}.couple.after")
+    pairs = sample_pairs(exact_plan(x[i], y[j]), max(len(i), len(j)), generator(seed, f"mixture.{name}.pairs"))
+    return sparse.csr_matrix((1.0 - share) * before[i[pairs[0]]] + share * after[j[pairs[1]]])

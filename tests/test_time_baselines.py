@@ -66,11 +66,11 @@ def test_interpolation_couples_a_shifted_copy_with_itself():
     np.testing.assert_allclose(np.sort(cells, 0), np.sort(x + [1.0, 0.0, 0.0], 0), atol=1e-12)
 
 
-def test_interpolation_of_unequal_sides_has_the_smaller_number_of_cells():
+def test_interpolation_of_unequal_sides_has_the_larger_number_of_cells():
     rng = np.random.default_rng(1)
     a, b = sparse.csr_matrix(rng.poisson(1.0, (17, 5))), sparse.csr_matrix(rng.poisson(1.0, (11, 5)))
     x, y = rng.normal(size=(17, 2)), rng.normal(size=(11, 2))
-    assert ot_interpolation(a, b, x, y, 0.5, seed=0, name="d", most=MANY).shape == (11, 5)
+    assert ot_interpolation(a, b, x, y, 0.5, seed=0, name="d", most=MANY).shape == (17, 5)
     assert ot_interpolation(a, b, x, y, 0.5, seed=0, name="d", most=7).shape == (7, 5)
 
 
