@@ -272,10 +272,20 @@ class FlowModel(LatentModel):
 
     # --- files ------------------------------------------------------------------------------------------------------
     def trajectory(
-        self, source: Any, condition: str, times: Sequence[float], *, start: str | float | None = None, **options: Any
+        self,
+        source: Any | None,
+        condition: str,
+        times: Sequence[float],
+        *,
+        start: str | float | None = None,
+        **options: Any,
     ) -> AnnData:
         """Cells at several times, `pf_core.trajectory.trajectory`: the same cells on their way from the time point
         `start`, or without one the cells of the measured points around each time.
+
+        Args:
+            source: AnnData or a path; None for the data of the run, without a start those it has not held out.
+            condition, times, start, options: as there.
 
         Returns:
             AnnData with predicted counts in X, the real time in obs, latents in obsm["X_latent"] and, where cells
@@ -283,7 +293,7 @@ class FlowModel(LatentModel):
         """
         from pf_core import trajectory
 
-        found = trajectory.cells(self, source)
+        found = trajectory.cells(self, source, heldout=start is not None)
         way = trajectory.trajectory(self, found, condition, times, start=start, **options)
         return trajectory.to_anndata(self, found, way)
 

@@ -19,7 +19,7 @@ from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
 from pf_core.kriging import Change
 from pf_core.labels import Members, parse_condition, texts
-from pf_core.latent import LatentModel
+from pf_core.latent import ENCODE_BLOCK, LatentModel
 from pf_core.operator import Operator
 from pf_core.outputs import Means, predicted_counts
 

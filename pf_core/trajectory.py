@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from pf_core import data, genes, noise, times
 from pf_core.baselines import Declined
 from pf_core.config import Output
 from pf_core.data import Dataset
-from pf_core.errors import PredictionError, nearest
+from pf_core.errors import PredictionError, RunError, nearest
 from pf_core.flow_model import FlowModel, Method, Moved, Sides
 from pf_core.labels import CONTROL, condition_label, texts
 from pf_core.time_baselines import gap
@@ -44,22 +45,42 @@ class Way:
     from_time: float | None  # None where cells come from the measured points on both sides
 
 
-def cells(model: FlowModel, source: Any, *, without: Collection[str] = ()) -> Cells:
+def cells(model: FlowModel, source: Any = None, *, heldout: bool = True) -> Cells:
     """Measured cells: read, aligned to the model's genes, with their times.
 
     Args:
         model: a trained flow model.
-        source: AnnData or a path.
-        without: names of cells that must not be used.
+        source: AnnData or a path; by default the data of the run.
+        heldout: whether cells that the run held out are among them; of the run's own data only.
 
     Raises:
         DataError: the data cannot be used.
+        RunError: the data of the run have moved, changed, or were an AnnData object.
     """
-    dataset = data.load(source, model.config.data, training=False)
-    if without:
-        dataset = dataset.select_cells(np.flatnonzero(~np.isin(dataset.cells, list(without))))
+    own = source is None
+    dataset = data.load(own_source(model) if own else source, model.config.data, training=False)
+    if own:
+        if dataset.fingerprint() != model.run.read_json("data.json")["fingerprint"]:
+            raise RunError(f"the data are not those that {model.run.path} was trained on; name the file with --data")
+        if not heldout:
+            away = model.run.read_arrays("split.safetensors")["heldout"]
+            dataset = dataset.select_cells(np.setdiff1d(np.arange(dataset.n_cells), away))
     dataset, report = genes.align_genes(dataset, model.vocabulary.genes)
     return Cells(dataset, times.read(dataset, model.config, least=1), len(report["missing"]))
+
+
+def own_source(model: FlowModel) -> Path:
+    """The file that a run was trained on.
+
+    Raises:
+        RunError: it has moved, or was an AnnData object.
+    """
+    recorded = model.run.read_json("data.json")["source"]
+    path = None if recorded is None else model.run.path / recorded
+    if path is None or not path.exists():
+        where = "an AnnData object" if path is None else f"{path}, which is not there any more"
+        raise RunError(f"{model.run.path} was trained on {where}; name the file with --data")
+    return path
 
 
 def starting(

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pf_core import metrics, noise, times
+from pf_core import metrics, noise, times, trajectory
+from pf_core.errors import PredictionError, nearest
 from pf_core.labels import condition_label
 from pf_core.metrics import PCA
 from pf_core.page import Drawing, Page, Section, Table, write
 from pf_core.plots import shared_limits
-from pf_core.sensitivity import Sensitivity
+from pf_core.sensitivity import Sensitivity, sensitivity
 from pf_core.trajectory_plots import Curve, cells_by_time, field, gene_curve, ways
 from pf_core.verdict import count, number
 
 if TYPE_CHECKING:
+    from anndata import AnnData
+
     from pf_core.flow_model import FlowModel
     from pf_core.trajectory import Cells, Way
 
-__all__ = ["View", "write_page"]
+__all__ = ["View", "predict_and_draw", "write_page"]
 
 LINES = 60  # ways of single cells that are drawn
 PANELS = 3  # times at which the field is drawn
 GENES = 9  # curves, where no gene is named
 PCA_CELLS = 20_000
+SENSITIVE = 100  # cells whose derivatives are taken
 ARROW = 0.16  # length of the longest arrow, of the width of the plane
 
 
@@ -57,6 +61,57 @@ def write_page(path: Path, view: View, *, title: str, facts: dict[str, Any]) -> 
         parts.append(_sensitivity(view, view.sensitivity))
     footer = "Predicted cells are in the h5ad file beside this page; docs/flow.md says what each number means."
     write(path, Page(title, tuple(parts), facts, sentence(view), footer))
+
+
+def predict_and_draw(
+    model: FlowModel,
+    source: Path | None,
+    condition: str,
+    at: Sequence[float],
+    *,
+    start: str | None,
+    counterfactual: str | None,
+    genes: tuple[str, ...],
+    page: Path | None,
+    options: Mapping[str, Any],
+) -> AnnData:
+    """What `pf trajectory` does: predicted cells as AnnData, and the page where one is asked for.
+
+    Args:
+        model: a trained flow model.
+        source: file of cells; None for the data of the run.
+        condition, at, start, options: as in `pf_core.trajectory.trajectory`.
+        counterfactual: another condition for the same cells; with a start only.
+        genes: that the page shows, and whose level at the end its sensitivities are of.
+        page: HTML file to be written.
+    """
+    import anndata
+
+    for gene in genes:
+        if gene not in model.vocabulary.genes:
+            raise PredictionError(f"gene {gene!r} is not one of the model; {nearest(gene, model.vocabulary.genes)}")
+    found = trajectory.cells(model, source, heldout=start is not None)
+    other = None
+    if counterfactual is None or start is None:
+        way = trajectory.trajectory(model, found, condition, at, start=start, **options)
+    else:
+        model.members(counterfactual)
+        way, other = trajectory.counterfactual(model, found, condition, counterfactual, at, start=start, **options)
+    if page is not None:
+        sensitive = None
+        if way.from_time is not None and way.times[-1] != way.from_time:
+            cells = way.points[0].cells[_draw(len(way.points[0].cells), SENSITIVE)]
+            ends = (way.from_time, float(way.times[-1]))
+            sensitive = sensitivity(model, found.dataset, cells, *ends, condition, genes=genes)
+        view = View(model, found, way, other, sensitive, genes)
+        facts = {"run": model.run.path.resolve().name, "backend": model.backend.name, "condition": condition}
+        facts |= {"counterfactual": counterfactual} if counterfactual else {}
+        write_page(page, view, title=f"Trajectory of {condition}", facts=facts)
+    adata = trajectory.to_anndata(model, found, way)
+    if other is None:
+        return adata
+    pair = {condition: adata, str(counterfactual): trajectory.to_anndata(model, found, other)}
+    return anndata.concat(pair, label="counterfactual", index_unique="-", merge="same", uns_merge="same")
 
 
 def plane(view: View) -> tuple[PCA, np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -91,7 +93,8 @@ def linear_model(**flow: Any) -> FlowModel:
     )
     vocabulary = Vocabulary(GENES, PERTURBATIONS, TISSUES, (), (), (0.0, 2.0, 1.0), (), ())
     params = {"flow.center": np.zeros(N_LATENT), "flow.scale": SCALE}
-    return FlowModel(config, vocabulary, params, LinearBackend(), None, Axis(FIRST, LAST, "day"), {})  # type: ignore[arg-type]
+    run: Any = SimpleNamespace(path=Path("run"))
+    return FlowModel(config, vocabulary, params, LinearBackend(), run, Axis(FIRST, LAST, "day"), {})  # type: ignore[arg-type]
 
 
 def course(
