@@ -16,7 +16,7 @@ from pf_core.batches import Vocabulary
 from pf_core.calibration import Calibration, from_arrays, levels, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
-from pf_core.errors import PredictionError, nearest
+from pf_core.errors import PredictionError, RunError, nearest
 from pf_core.kriging import Change
 from pf_core.labels import Members, parse_condition, texts
 from pf_core.latent import ENCODE_BLOCK, LatentModel
@@ -96,10 +96,12 @@ class Model(LatentModel):
         """A trained model from its run directory, in either twin whichever wrote it.
 
         Raises:
-            RunError: not a run directory, damaged, or its training has not ended.
+            RunError: not a run directory, damaged, its training has not ended, or a run of the flow system.
         """
         run = Run.open(path)
         config = read_config(run)
+        if config.system != "operator":
+            raise RunError(f"{path} is a run of the {config.system} system, for cells in time; use pf trajectory")
         twin = backends.load(backend, dtype=config.dtype, device=device)
         params, name = run.read_arrays("model.safetensors"), "calibration.safetensors"
         calibration = from_arrays(run.read_arrays(name)) if run.has(name) else None
