@@ -55,7 +55,8 @@ class View:
 def write_page(path: Path, view: View, *, title: str, facts: dict[str, Any]) -> None:
     """Write the page as one HTML file."""
     ruler, points = plane(view)
-    limits = shared_limits([points])
+    moved = [point.counts[_draw(point.counts.shape[0], 200)] for point in (view.way.points[0], view.way.points[-1])]
+    limits = shared_limits([points, *(ruler.transform(counts) for counts in moved)])
     parts = [_where(view, ruler, points, limits), _genes(view), _field(view, ruler, points, limits)]
     if view.sensitivity is not None:
         parts.append(_sensitivity(view, view.sensitivity))
@@ -126,14 +127,12 @@ def sentence(view: View) -> str:
     """What happened, in one sentence."""
     way, model = view.way, view.model
     n = len(way.points[0].cells)
-    who = "Cells of the measured time points on both sides"
+    who = "cells of the measured time points on both sides"
     if way.from_time is not None:
-        who = f"{count(n, 'cell')} of {model.time(way.from_time)}"
-    moved = f"{who} {'was' if way.from_time is not None and n == 1 else 'were'} moved under {way.condition}"
-    moved += f" to {model.time(way.times[0])}"
+        who = f"{count(n, 'cell')} measured at {model.time(way.from_time)}"
     if len(way.times) < 2:
-        return moved + "."
-    moved += f" and on until {model.time(way.times[-1])}"
+        return f"{model.time(way.times[0])}, {way.condition}: {who}, moved there."
+    moved = f"{model.time(way.times[0])} to {model.time(way.times[-1])}, {way.condition}: {who}, moved there"
     changed = changes(view)
     names = [f"{model.vocabulary.genes[i]} ({_signed(changed[i])})" for i in np.argsort(-np.abs(changed))[:3]]
     return f"{moved}; genes that change most: {', '.join(names)}."
@@ -151,7 +150,7 @@ def _where(view: View, ruler: PCA, points: np.ndarray, limits: Any) -> Section:
     span = (float(days.min()), float(days.max()))
     panels = [("measured cells", points, days)]
     for way in filter(None, (view.way, view.other)):
-        some = [_draw(len(point.counts.indptr) - 1, 40 + 900 // len(way.times)) for point in way.points]
+        some = [_draw(point.counts.shape[0], 40 + 900 // len(way.times)) for point in way.points]
         places = [ruler.transform(point.counts[rows]) for point, rows in zip(way.points, some, strict=True)]
         at = np.repeat(way.times, [len(rows) for rows in some])
         panels.append((f"predicted, {way.condition}", np.concatenate(places), at))
@@ -165,7 +164,7 @@ def _where(view: View, ruler: PCA, points: np.ndarray, limits: Any) -> Section:
         "A way starts at a measured cell and follows the change of its decoded mean; thick is the mean of the cells"
         " that are drawn.",
     )
-    return Section("Where cells go", texts, tuple(figures), grid="two")
+    return Section("Where cells go", texts, tuple(figures), grid="")
 
 
 def _draw(n: int, most: int) -> np.ndarray:

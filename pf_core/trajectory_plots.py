@@ -172,6 +172,8 @@ def gene_curve(
         measured: (time, mean, standard error) of real cells of the condition.
         unit: of time.
     """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     width, height = 262, 186
     with figure(width, height) as drawing:
         axes = drawing.add_axes((0.155, 0.205, 0.82, 0.655))
@@ -187,7 +189,8 @@ def gene_curve(
                 t, mean, yerr=error, fmt="o", color=INK, markersize=4.2, markerfacecolor=PAPER, elinewidth=1.1, zorder=4
             )
         axes.set_ylim(bottom=0)
-        set_ticks(axes.xaxis, False)
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
         set_ticks(axes.yaxis, False)
         axes.set_xlabel(f"time ({unit})" if unit else "time", labelpad=1)
         first = curves[0]

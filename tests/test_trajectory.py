@@ -160,7 +160,7 @@ def test_the_page_has_every_section_and_names_the_genes_that_change_most(model, 
     assert "&lt;way&gt;" in text
     changed = changes(view)
     assert GENES[int(np.abs(changed).argmax())] in text
-    assert "17 cells of 10 day were moved under control" in text
+    assert "10 day to 12 day, control: 17 cells measured at 10 day, moved there" in text
 
 
 def test_a_page_of_one_time_has_no_curves(model, cells, tmp_path):
