@@ -183,14 +183,8 @@ def predict(
         raise ConfigError(f"{out} exists; nothing was written. Choose another --out")
     if times and (then or counterfactual):
         raise ConfigError("--times goes with neither --then nor --counterfactual; run them apart")
-    keep = {}
-    for item in cells or []:
-        column, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--cells {item!r}: column=value was wanted")
-        keep[column.strip()] = value.strip()
     model = Model.load(run, backend=backend, device=device)
-    options: dict[str, Any] = {"output": output, "seed": seed, "keep": keep}
+    options: dict[str, Any] = {"output": output, "seed": seed, "keep": _keep(cells)}
     if times:
         predicted = model.trajectory(data, perturbation, times=_times(times), **options)
     else:
@@ -205,6 +199,30 @@ def predict(
     missing = predicted.uns["pf"]["n_genes_missing"]
     note = f"; {missing} of the model's genes are not in {data} and count as 0" if missing else ""
     print(f"{out}: {predicted.n_obs} cells, {predicted.n_vars} genes{note}")
+
+
+def _keep(cells: list[str] | None) -> dict[str, str]:
+    from pf_core.errors import ConfigError
+
+    keep = {}
+    for item in cells or []:
+        column, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--cells {item!r}: column=value was wanted")
+        keep[column.strip()] = value.strip()
+    return keep
+
+
+def _real_times(text: str) -> list[float]:
+    """A grid, or times with commas."""
+    from pf_core.errors import ConfigError
+
+    if ":" in text:
+        return [float(f"{time:.12g}") for time in _times(text)]  # 10.15, not 10.150000000000002
+    try:
+        return [float(part) for part in _commas(text)]
+    except ValueError:
+        raise ConfigError(f"--times {text!r}: START:STOP:STEP, or times with commas, was wanted") from None
 
 
 def _times(text: str) -> list[float]:
@@ -229,6 +247,67 @@ def _write_h5ad(adata: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     adata.write_h5ad(temporary, compression="gzip")
     os.replace(temporary, path)
+
+
+@app.command()
+def trajectory(
+    run: Annotated[Path, typer.Argument(help="run directory of the flow system")],
+    times: Annotated[str, typer.Option(help="START:STOP:STEP or times with commas, in the units of the data")],
+    condition: Annotated[str, typer.Option(help='under which cells move: "A", "A+B", "control"')] = "control",
+    start: Annotated[
+        str | None, typer.Option("--from", help="time point whose cells are followed; else cells come from both sides")
+    ] = None,
+    counterfactual: Annotated[str | None, typer.Option(help="also the same cells under another condition")] = None,
+    data: Annotated[Path | None, typer.Option(help="h5ad file of cells, else the data of the run")] = None,
+    tissue: Annotated[str | None, typer.Option(help="only cells of this tissue")] = None,
+    cells: Annotated[list[str] | None, typer.Option(help="only these cells, column=value; repeatable")] = None,
+    sample: Annotated[int | None, typer.Option(min=1, help="a draw of so many starting cells")] = None,
+    sides: Annotated[
+        Literal["both", "previous", "next"],
+        typer.Option(help="without --from: neighbours that cells come from"),
+    ] = "both",
+    output: Mode = "transport",
+    out: Annotated[Path, typer.Option(help="h5ad file to be written")] = Path("trajectory.h5ad"),
+    page: Annotated[bool, typer.Option("--page", help="also an HTML page of figures beside it")] = False,
+    gene: Annotated[list[str] | None, typer.Option(help="gene that the page shows; repeatable")] = None,
+    method: Annotated[Literal["rk4", "dopri5"], typer.Option(help="integrator; dopri5 needs the extra flow")] = "rk4",
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    backend: Backend = "jax",
+    device: Device = "cpu",
+) -> None:
+    """Move cells through time with a trained flow: from one time point, or to times between measured ones."""
+    from pf_core.errors import ConfigError
+
+    at, keep = _real_times(times), _keep(cells)
+    drawn = out.with_suffix(".html")
+    for path in (out, *([drawn] if page else [])):
+        if path.exists():
+            raise ConfigError(f"{path} exists; nothing was written. Choose another --out")
+    for name, value in {"counterfactual": counterfactual, "sample": sample}.items():
+        if value is not None and start is None:
+            raise ConfigError(f"--{name} needs --from: without it every time has cells of its own")
+    from pf_core.flow_model import FlowModel
+    from pf_core.trajectory_page import predict_and_draw
+    from pf_core.verdict import count
+
+    model = FlowModel.load(run, backend=backend, device=device)
+    options: dict[str, Any] = {"tissue": tissue, "keep": keep, "output": output, "seed": seed, "method": method}
+    options |= {"most": sample} if start is not None else {"sides": sides}
+    adata = predict_and_draw(
+        model,
+        data,
+        condition,
+        at,
+        start=start,
+        counterfactual=counterfactual,
+        genes=tuple(gene or ()),
+        page=drawn if page else None,
+        options=options,
+    )
+    _write_h5ad(adata, out)
+    missing = adata.uns["pf"]["n_genes_missing"]
+    note = f"; {missing} of the model's genes are not in {data} and count as 0" if missing else ""
+    print(f"{out}: {count(adata.n_obs, 'cell')} at {count(len(at), 'time')}{f', page {drawn}' if page else ''}{note}")
 
 
 @app.command()

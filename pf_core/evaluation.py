@@ -16,8 +16,9 @@ from pf_core.data import Dataset
 from pf_core.errors import PredictionError
 from pf_core.kriging import Change
 from pf_core.labels import condition_label, parse_condition
+from pf_core.latent import ENCODE_BLOCK
 from pf_core.metrics import PCA
-from pf_core.model import ENCODE_BLOCK, Model
+from pf_core.model import Model
 from pf_core.outputs import Csr, predicted_counts
 from pf_core.verdict import Condition, MetricRow
 

@@ -209,7 +209,16 @@ def score(real, predicted, control, pca: PCA) -> dict[str, float]:
         energy_pca_u, energy_pca_v, pearson_delta, r2, mse. What is undefined is NaN: the U-statistic of a single cell,
         the correlation of a change that is constant.
     """
-    real, predicted, control = normalise(real), normalise(predicted), normalise(control)
+    return score_normalised(normalise(real), normalise(predicted), normalise(control), pca)
+
+
+def score_normalised(real: Csr, predicted: Csr, control: Csr, pca: PCA) -> dict[str, float]:
+    """As `score`, of cells that are log-normalised already: interpolated cells have no counts.
+
+    Args:
+        real, predicted, control: (n, n_genes) CSR, as from `normalise`; control is what changes are measured against.
+        pca: from `real_pca`.
+    """
     for name, cells in (("real", real), ("predicted", predicted), ("control", control)):
         if cells.shape[0] == 0:
             raise ValueError(f"{name} holds no cells; leave this condition out of the table")

@@ -16,18 +16,17 @@ from pf_core.batches import Vocabulary
 from pf_core.calibration import Calibration, from_arrays, levels, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
-from pf_core.errors import PredictionError, nearest
+from pf_core.errors import PredictionError, RunError, nearest
 from pf_core.kriging import Change
 from pf_core.labels import Members, parse_condition, texts
+from pf_core.latent import ENCODE_BLOCK, LatentModel
 from pf_core.operator import Operator
-from pf_core.outputs import BLOCK, Means, predicted_counts
+from pf_core.outputs import Means, predicted_counts
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 __all__ = ["Model"]
-
-ENCODE_BLOCK = BLOCK  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
 
 
 class Forecast(NamedTuple):
@@ -38,7 +37,7 @@ class Forecast(NamedTuple):
     changes: dict[tuple[str, str], Change]  # of log1p mean profiles, by (tissue, cell type), where calibrated
 
 
-class Model:
+class Model(LatentModel):
     """A trained model and the run it lives in."""
 
     def __init__(
@@ -50,8 +49,8 @@ class Model:
         run: Run,
         calibration: Calibration | None = None,
     ) -> None:
-        self.config, self.vocabulary, self.params = config, vocabulary, dict(params)
-        self.backend, self.run, self.calibration = backend, run, calibration
+        super().__init__(config, vocabulary, params, backend, run)
+        self.calibration = calibration
 
     # --- making one ---------------------------------------------------------------------------------------------
     @classmethod
@@ -97,48 +96,16 @@ class Model:
         """A trained model from its run directory, in either twin whichever wrote it.
 
         Raises:
-            RunError: not a run directory, damaged, or its training has not ended.
+            RunError: not a run directory, damaged, its training has not ended, or a run of the flow system.
         """
         run = Run.open(path)
         config = read_config(run)
+        if config.system != "operator":
+            raise RunError(f"{path} is a run of the {config.system} system, for cells in time; use pf trajectory")
         twin = backends.load(backend, dtype=config.dtype, device=device)
         params, name = run.read_arrays("model.safetensors"), "calibration.safetensors"
         calibration = from_arrays(run.read_arrays(name)) if run.has(name) else None
         return cls(config, read_vocabulary(run), params, twin, run, calibration)
-
-    # --- latent space -------------------------------------------------------------------------------------------
-    def encode(self, dataset: data.Dataset, cells: np.ndarray | None = None) -> np.ndarray:
-        """Latent means (n, n_latent) of some or all cells of a data set that has the model's genes."""
-        cells = np.arange(dataset.n_cells) if cells is None else cells
-        tissue = self.vocabulary.codes("tissues", dataset.tissue)
-        out = np.empty((len(cells), self.config.vae.n_latent), self.config.dtype)
-        for start in range(0, len(cells), ENCODE_BLOCK):
-            block = cells[start : start + ENCODE_BLOCK]
-            counts = dataset.dense(block, self.config.dtype)
-            out[start : start + len(block)] = self.encode_counts(counts, tissue[block])
-        return out
-
-    def encode_counts(self, counts: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """Latent means of at most ENCODE_BLOCK dense rows."""
-        n = len(counts)
-        pad = ENCODE_BLOCK - n
-        mean, _ = self.backend.encode(
-            self.params, np.pad(counts, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), self.config
-        )
-        return mean[:n]
-
-    def decode(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
-        """Mean counts (n, n_genes) of at most ENCODE_BLOCK latents."""
-        n = len(z)
-        pad = ENCODE_BLOCK - n
-        padded = (np.pad(z, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), np.pad(library, (0, pad), mode="edge"))
-        return self.backend.decode(self.params, *padded, self.config)[:n]
-
-    def dispersion(self) -> np.ndarray:
-        """Inverse dispersion per gene (the mean over tissues where each has its own)."""
-        tissues = np.arange(len(self.vocabulary.tissues), dtype=np.int32)
-        r = self.backend.dispersion(self.params, tissues, self.config)
-        return r if r.ndim == 1 else np.exp(np.log(r).mean(0))
 
     # --- operators ----------------------------------------------------------------------------------------------
     def members(self, label: str) -> Members:

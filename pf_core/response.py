@@ -18,12 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pf_core.config import NORMALISED_TOTAL
 from pf_core.dataset import Dataset
 from pf_core.errors import PredictionError
 from pf_core.labels import CONTROL, UNKNOWN
 from pf_core.metrics import energy_distance
-from pf_core.model import ENCODE_BLOCK
 from pf_core.operator import Operator
 
 if TYPE_CHECKING:
@@ -136,13 +134,7 @@ def decoded_change(model: Model, before: np.ndarray, after: np.ndarray, tissue: 
         tissue: (n,) str.
     """
     codes = model.vocabulary.codes("tissues", tissue)
-    dtype, total = model.config.dtype, np.zeros(len(model.vocabulary.genes))
-    for start in range(0, len(before), ENCODE_BLOCK):
-        rows = slice(start, start + ENCODE_BLOCK)
-        depth = np.full(len(before[rows]), NORMALISED_TOTAL, dtype)
-        mu0, mu1 = (model.decode(z[rows].astype(dtype), codes[rows], depth) for z in (before, after))
-        total += (np.log1p(mu1.astype(np.float64)) - np.log1p(mu0.astype(np.float64))).sum(0)
-    return total / len(before)
+    return (model.log_profiles(after, codes) - model.log_profiles(before, codes)).mean(0)
 
 
 # --- axes ---------------------------------------------------------------------------------------------------------
@@ -187,7 +179,7 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
     Returns:
         Principal axes first, then shift and linear ones; each kind by strength.
     """
-    tissues = controls.tissues
+    tissues, codes = controls.tissues, model.vocabulary.codes("tissues", controls.tissue)
     found = tissue_operators(model, [CONTROL, *labels], tissues)
 
     def profile(name: str) -> np.ndarray:  # (n_labels, n_bases), mean over tissues
@@ -211,27 +203,12 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
     out = []
     for kind, k, direction, coefficients in fields:
         rms = float(np.sqrt((coefficients**2).mean()))
-        slopes = _slopes(model, controls, direction * rms)
+        slopes = model.slopes(z, direction * rms, codes)
         effect = slopes.mean(0)
         strength = float(np.linalg.norm(effect))
         out.append(Axis(kind, k + 1, effect, slopes.std(0), coefficients, strength))
     order = {"principal": 0, "shift": 1, "linear": 2}
     return sorted(out, key=lambda axis: (order[axis.kind], -axis.strength))
-
-
-def _slopes(model: Model, controls: Controls, direction: np.ndarray) -> np.ndarray:
-    """(n, n_genes): derivative of log1p of decoded counts per 10,000 along a direction per cell, (n, n_latent)."""
-    codes, dtype = model.vocabulary.codes("tissues", controls.tissue), model.config.dtype
-    out = []
-    for start in range(0, len(controls.z), ENCODE_BLOCK):
-        rows = slice(start, start + ENCODE_BLOCK)
-        n = len(controls.z[rows])
-        pad = ENCODE_BLOCK - n  # one shape, compiled once
-        z, d = (np.pad(part[rows].astype(dtype), ((0, pad), (0, 0))) for part in (controls.z, direction))
-        place, depth = np.pad(codes[rows], (0, pad)), np.full(ENCODE_BLOCK, NORMALISED_TOTAL, dtype)
-        moved = model.backend.decode_jacobian_vector(model.params, z, d, place, depth, model.config)[:n]
-        out.append(moved.astype(np.float64) / (1.0 + model.decode(z[:n], place[:n], depth[:n]).astype(np.float64)))
-    return np.concatenate(out)
 
 
 # --- similar conditions -------------------------------------------------------------------------------------------

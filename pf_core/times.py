@@ -118,8 +118,13 @@ class Interval:
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
-def read(dataset: Dataset, config: Config) -> Course:
+def read(dataset: Dataset, config: Config, *, least: int = 2) -> Course:
     """The times of a data set's cells.
+
+    Args:
+        dataset: all cells.
+        config: its data.time, data.timepoint and flow.bins.
+        least: time points that are wanted; a trained model starts from one.
 
     Raises:
         DataError: no such column, times that are no finite numbers or in two units, one time point only, or more than
@@ -139,7 +144,7 @@ def read(dataset: Dataset, config: Config) -> Course:
         points, index = np.unique(times, return_inverse=True)
         names = tuple(f"{point:.10g}" for point in points)
     course = Course(unit, names, points, index.astype(np.int64), times, empty)
-    if len(points) == 1:
+    if len(points) < least:
         where = settings.timepoint or settings.time
         raise DataError(f"obs column {where!r} has one time point only, {course.shown(0)}; a flow needs two or more")
     if len(points) > MAX_POINTS and not settings.timepoint and not bins:

@@ -41,17 +41,19 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Condition:
-    """A perturbation label in a context; `n_cells` real cells carry it."""
+    """A perturbation label in a context, at a time in a time course; `n_cells` real cells carry it."""
 
     label: str
     tissue: str = ""
     cell_type: str = ""
     n_cells: int = field(default=0, compare=False)
+    time: str = ""  # of a time course, with its unit
 
     @property
     def name(self) -> str:
+        what = f"{self.label} at {self.time}" if self.time else self.label
         where = ", ".join(part for part in (self.cell_type, self.tissue) if part not in ("", "all"))
-        return f"{self.label} in {where}" if where else self.label
+        return f"{what} in {where}" if where else what
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def metrics_json(rows: Sequence[MetricRow]) -> dict[str, Any]:
             "label": row.condition.label,
             "tissue": row.condition.tissue,
             "cell_type": row.condition.cell_type,
+            **({"time": row.condition.time} if row.condition.time else {}),
             "cells": row.condition.n_cells,
             "method": row.method,
             "kind": row.kind,

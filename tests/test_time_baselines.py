@@ -1,0 +1,105 @@
+"""Baselines of an unseen time point: shares, draws, and interpolation between coupled cells."""
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from pf_core.baselines import Declined
+from pf_core.metrics import energy_distance
+from pf_core.time_baselines import closeness, gap, mixed, ot_interpolation
+from pf_core.times import Point, Series
+
+MANY = 2000
+
+
+def test_closeness_is_linear_in_time():
+    assert closeness(8.0, 32.0, 64.0) == pytest.approx(24 / 56)
+    assert closeness(-2.0, 0.0, 2.0) == 0.5
+
+
+@pytest.mark.parametrize("time", [8.0, 64.0, 70.0])
+def test_a_time_that_is_not_between_is_refused(time):
+    with pytest.raises(ValueError, match="is not between 8 and 64"):
+        closeness(8.0, time, 64.0)
+
+
+@pytest.mark.parametrize("share", [0.1, 1 / 3, 0.5, 0.93])
+def test_the_mixture_has_the_share_of_each_side_and_as_many_cells_as_there_are(share):
+    before, after = np.arange(100, 171), np.arange(300, 353)
+    first, second = mixed(before, after, share, seed=3, name="d", most=MANY)
+    assert set(first) <= set(before)
+    assert set(second) <= set(after)
+    assert len(set(first)) == len(first)
+    assert abs(len(second) / (len(first) + len(second)) - share) < 0.011
+    assert len(first) == 71 or len(second) == 53
+
+
+def test_a_side_without_a_share_gives_no_cell():
+    first, second = mixed(np.arange(13), np.arange(20, 37), 0.0, seed=0, name="d", most=MANY)
+    assert len(first) == 13
+    assert len(second) == 0
+
+
+def test_a_small_share_of_few_cells_still_gives_one():
+    _, second = mixed(np.arange(13), np.arange(20, 23), 0.01, seed=0, name="d", most=MANY)
+    assert len(second) == 1
+
+
+def test_the_draw_depends_on_seed_and_name_only():
+    arguments = (np.arange(71), np.arange(100, 153), 0.3)
+    same = [mixed(*arguments, seed=5, name="a", most=40) for _ in range(2)]
+    other = mixed(*arguments, seed=5, name="b", most=40)
+    np.testing.assert_array_equal(same[0][0], same[1][0])
+    assert not np.array_equal(same[0][0], other[0])
+    assert sum(map(len, same[0])) == 40
+
+
+def test_interpolation_couples_a_shifted_copy_with_itself():
+    """The optimal plan of squared distances between a sample and its translation is the translation."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(41, 3))
+    order = rng.permutation(41)
+    y = (x + [4.0, 0.0, 0.0])[order]
+    cells = ot_interpolation(
+        sparse.csr_matrix(x), sparse.csr_matrix(y), x, y, 0.25, seed=0, name="d", most=MANY
+    ).toarray()
+    np.testing.assert_allclose(np.sort(cells, 0), np.sort(x + [1.0, 0.0, 0.0], 0), atol=1e-12)
+
+
+def test_interpolation_of_unequal_sides_has_the_larger_number_of_cells():
+    rng = np.random.default_rng(1)
+    a, b = sparse.csr_matrix(rng.poisson(1.0, (17, 5))), sparse.csr_matrix(rng.poisson(1.0, (11, 5)))
+    x, y = rng.normal(size=(17, 2)), rng.normal(size=(11, 2))
+    assert ot_interpolation(a, b, x, y, 0.5, seed=0, name="d", most=MANY).shape == (17, 5)
+    assert ot_interpolation(a, b, x, y, 0.5, seed=0, name="d", most=7).shape == (7, 5)
+
+
+def test_interpolation_loses_noise_that_the_mixture_keeps():
+    """Two samples of one distribution: the mixture is a third sample; where cells are not coupled, noise averages."""
+    rng = np.random.default_rng(2)
+    x, y, real = rng.normal(size=(3, 211, 7))
+    first, second = mixed(np.arange(211), np.arange(211), 0.5, seed=0, name="d", most=MANY)
+    mixture = np.concatenate([x[first], y[second]])
+    between = ot_interpolation(
+        sparse.csr_matrix(x), sparse.csr_matrix(y), x[:, :2], y[:, :2], 0.5, seed=0, name="d", most=MANY
+    ).toarray()
+    assert energy_distance(mixture, real) < 0.02
+    assert energy_distance(between, real) > 0.03
+    np.testing.assert_allclose(between[:, 2:].var(0).mean(), 0.5, atol=0.05)  # of the mean of two independent normals
+
+
+def point(time, label="control"):
+    return Point(time, f"{time:g}", label, np.arange(3))
+
+
+def test_a_gap_has_the_measured_points_next_to_it():
+    series = Series("drug", "t", (point(0.0), point(6.0, "drug"), point(24.0, "drug"), point(48.0, "drug")))
+    assert [side.time for side in gap(series, 12.0).sides] == [6.0, 24.0]
+    assert [side.time for side in gap(series, 24.0).sides] == [6.0, 48.0]  # left out where it is measured itself
+
+
+@pytest.mark.parametrize(("time", "word"), [(-1.0, "earlier"), (0.0, "earlier"), (9.0, "later")])
+def test_a_gap_at_the_end_of_a_series_declines(time, word):
+    found = gap(Series("drug", "t", (point(0.0), point(9.0))), time).sides
+    assert isinstance(found, Declined)
+    assert found.reason == f"there is no {word} time point to interpolate from"
