@@ -6,8 +6,13 @@ dictionaries of canonical names, which the Flax NNX modules are constructed from
 
 from pf_jax.bridge import Backend, gradient_health, synchronize, to_backend, to_numpy, value_and_grad
 from pf_jax.conditions import ConditionEncoder
+from pf_jax.cvae import CVAE, ConditionalDecoder, ConditionalEncoder, batch_norm
+from pf_jax.discriminator import Discriminator, adversary_loss, cross_entropy
 from pf_jax.distances import energy_distance, energy_distance_grouped, sliced_energy_distance
-from pf_jax.layers import Linear
+from pf_jax.flow import GraphAttention, VectorField, flow_matching_loss, gatv2
+from pf_jax.flow_steps import cvae_loss, cvae_step, discriminator_loss, flow_loss, flow_step
+from pf_jax.integrate import integrate
+from pf_jax.layers import Linear, leaky_relu
 from pf_jax.likelihood import (
     digamma_difference,
     elbo_loss,
@@ -53,32 +58,50 @@ from pf_jax.steps import (
 from pf_jax.vae import NBVAE, Decoder, Encoder
 
 __all__ = [
+    "CVAE",
     "NBVAE",
     "Backend",
     "ConditionEncoder",
+    "ConditionalDecoder",
+    "ConditionalEncoder",
     "Decoder",
+    "Discriminator",
     "Encoder",
+    "GraphAttention",
     "Linear",
     "OperatorFamily",
     "TrainState",
+    "VectorField",
     "adam_update",
+    "adversary_loss",
     "apply_operator",
+    "batch_norm",
     "clip_by_global_norm",
     "commutator_norm",
     "compose",
+    "cross_entropy",
+    "cvae_loss",
+    "cvae_step",
     "digamma_difference",
+    "discriminator_loss",
     "elbo_loss",
     "energy_distance",
     "energy_distance_grouped",
     "evaluate",
+    "flow_loss",
+    "flow_matching_loss",
+    "flow_step",
+    "gatv2",
     "gaussian_kl",
     "generator_penalty",
     "gradient_health",
     "identity_penalty",
     "init_state",
+    "integrate",
     "inverse_dispersion",
     "joint_loss",
     "joint_step",
+    "leaky_relu",
     "lgamma_difference",
     "nb_log_prob",
     "nb_log_prob_elements",

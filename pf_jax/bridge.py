@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from pf_core.config import Config
+from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, health_of
 from pf_core.initial import select
 from pf_jax import steps
 from pf_jax.conditions import ConditionEncoder
+from pf_jax.cvae import CVAE
+from pf_jax.flow import VectorField
+from pf_jax.integrate import check_request, integrate
 from pf_jax.layers import PRECISION
 from pf_jax.operators import OperatorFamily
 from pf_jax.probe import recording
@@ -29,6 +32,8 @@ DTYPES = ("float32", "float64")
 Numpy = dict[str, np.ndarray]
 # Equations whose outputs feed their inputs again: every output is taken to depend on every input.
 _LOOPS = ("scan", "while")
+FLOW_MARK = "cvae.encoder.mean.weight"  # a parameter that flow models have and operator models have not
+_CELLS = 256  # cells whose endpoint is differentiated together
 
 
 def to_backend(tree: Any, dtype: str | None = None, device: str | None = None) -> Any:
@@ -167,25 +172,94 @@ def gradient_health(grads: Mapping[str, Any], params: Mapping[str, Any]) -> dict
 # --- compiled functions of whole parameter dictionaries ------------------------------------------------------------
 
 
+def _model(params, config: Config) -> NBVAE | _FlowModel:
+    return _FlowModel(params) if FLOW_MARK in params else NBVAE(config.vae, select(params, "vae"))
+
+
 @partial(jax.jit, static_argnames=("config",))
 def _encode(params, counts, tissue, config: Config):
-    return NBVAE(config.vae, select(params, "vae")).encode(counts, tissue)
+    return _model(params, config).encode(counts, tissue)
 
 
 @partial(jax.jit, static_argnames=("config",))
 def _decode(params, z, tissue, library, config: Config):
-    return NBVAE(config.vae, select(params, "vae")).decode(z, tissue, library)
+    return _model(params, config).decode(z, tissue, library)
 
 
 @partial(jax.jit, static_argnames=("config",))
 def _decode_jvp(params, z, direction, tissue, library, config: Config):
-    vae = NBVAE(config.vae, select(params, "vae"))
-    return jax.jvp(lambda z: vae.decode(z, tissue, library), (z,), (direction,))[1]
+    model = _model(params, config)
+    return jax.jvp(lambda z: model.decode(z, tissue, library), (z,), (direction,))[1]
 
 
 @partial(jax.jit, static_argnames=("config",))
 def _dispersion(params, tissue, config: Config):
-    return NBVAE(config.vae, select(params, "vae")).dispersion(tissue)
+    return _model(params, config).dispersion(tissue)
+
+
+@partial(jax.jit, static_argnames=("method", "n_steps", "rtol", "atol"))
+def _trajectory(params, z, times, condition, graph, method, n_steps, rtol, atol):
+    settings = {"method": method, "n_steps": n_steps, "rtol": rtol, "atol": atol}
+    return _FlowModel(params).path(z, times, condition, _nodes(params, graph), **settings)
+
+
+@jax.jit
+def _velocity(params, times, z, condition, graph):
+    center, scale = params["flow.center"], params["flow.scale"]
+    return scale * VectorField(select(params, "flow"))(times, (z - center) / scale, condition, _nodes(params, graph))
+
+
+@partial(jax.jit, static_argnames=("n_steps",))
+def _endpoint_jacobian(params, z, times, condition, graph, n_steps):
+    model, nodes = _FlowModel(params), _nodes(params, graph)
+
+    def one(cell):
+        end = lambda z: model.path(z[None], times, cell[1][None], nodes, n_steps=n_steps)[-1, 0]
+        return jax.jacfwd(end)(cell[0])
+
+    return jax.lax.map(one, (z, condition), batch_size=_CELLS)
+
+
+@partial(jax.jit, static_argnames=("n_steps",))
+def _endpoint_gradient(params, counts, tissue, times, condition, graph, weights, n_steps):
+    model, nodes = _FlowModel(params), _nodes(params, graph)
+
+    def one(cell):
+        x, tissue, condition = cell
+
+        def score(x):
+            z, _ = model.encode(x[None], tissue[None])
+            end = model.path(z, times, condition[None], nodes, n_steps=n_steps)[-1]
+            mu = model.decode(end, tissue[None], jnp.ones(1, end.dtype))[0]
+            return (weights * jnp.log1p(NORMALISED_TOTAL * mu)).sum()
+
+        # d log1p(x) = dx / (1 + x).
+        return jax.grad(score)(x) * (1.0 + x)
+
+    return jax.lax.map(one, (counts, tissue, condition), batch_size=_CELLS)
+
+
+class _FlowModel:
+    """The flow system in use: encoder with its running statistics, and raw latents."""
+
+    def __init__(self, params):
+        self.params = params
+        self.cvae = CVAE(select(params, "cvae"))
+        self.decode, self.dispersion = self.cvae.decode, self.cvae.dispersion
+
+    def encode(self, counts, tissue):
+        return self.cvae.encode(counts, tissue, select(self.params, "cvae.encoder"))[:2]
+
+    def path(self, z, times, condition, nodes, **settings):
+        center, scale = self.params["flow.center"], self.params["flow.scale"]
+        field = VectorField(select(self.params, "flow"))
+        velocity = lambda s, z: field(s, z, condition, nodes)
+        path = center + scale * integrate(velocity, (z - center) / scale, times, **settings)
+        return path.at[0].set(z)  # not rounded by the way there and back
+
+
+def _nodes(params, graph):
+    return VectorField(select(params, "flow")).nodes(graph)
 
 
 @jax.jit
@@ -246,7 +320,7 @@ class Backend:
         """The state of a run, on the device.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: "vae", "operator", "joint", "cvae" or "flow".
             params: all canonical parameters.
             trainable: names of those that are trained.
             m: first moments by name; None for zeros.
@@ -271,7 +345,7 @@ class Backend:
         """Many steps in one call. The state that is passed in is used up.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: "vae", "operator", "joint", "cvae" or "flow".
             state: from `init` or `run`.
             batches: leaves (n_steps, n_micro, ...).
             noises: the same.
@@ -297,7 +371,7 @@ class Backend:
         """Loss of a stage and its parts, without an update.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: "vae", "operator", "joint", "cvae" or "flow".
             state: from `init` or `run`.
             batch: without an axis of micro-batches.
             noise: the same.
@@ -445,6 +519,153 @@ class Backend:
         self._check_indices(params, {}, conditions)
         return to_numpy(_operators(self._parameters(params), self._arrays(dict(conditions))))
 
+    def trajectory(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Numpy,
+        config: Config,
+        *,
+        method: str = "rk4",
+        n_steps: int = RK4_STEPS,
+        rtol: float = 1e-5,
+        atol: float = 1e-6,
+    ) -> np.ndarray:
+        """Latents on the way of the vector field.
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent) at times[0].
+            times: (n_times,) strictly rising or falling.
+            condition: (n_cells, n_conditions) codes.
+            graph: source, target and sign (n_edges,), or {} without a network.
+            config: the run's configuration.
+            method: "rk4" or "dopri5", see `integrate`.
+            n_steps: of "rk4", between two neighbouring times.
+            rtol: of "dopri5".
+            atol: of "dopri5".
+
+        Returns:
+            (n_times, n_cells, n_latent), the first z itself.
+
+        Raises:
+            ValueError: times that are not strictly monotonic, shapes that do not fit, an index beyond its table, or an
+                unknown method.
+            ImportError: "dopri5" without its package.
+        """
+        check_request(times, method, n_steps)
+        self._check_indices(params, {}, graph)
+        inputs = self._arrays((z, np.asarray(times, np.float64), condition, dict(graph)))
+        path = _trajectory(
+            self._parameters(params), *inputs, method=method, n_steps=n_steps, rtol=float(rtol), atol=float(atol)
+        )
+        return to_numpy(path)
+
+    def velocity(
+        self,
+        params: Mapping[str, np.ndarray],
+        times: np.ndarray,
+        z: np.ndarray,
+        condition: np.ndarray,
+        graph: Numpy,
+        config: Config,
+    ) -> np.ndarray:
+        """Velocity dz/ds of latents.
+
+        Args:
+            params: canonical parameters.
+            times: (n_cells,).
+            z: (n_cells, n_latent).
+            condition: (n_cells, n_conditions) codes.
+            graph: source, target and sign (n_edges,), or {} without a network.
+            config: the run's configuration.
+
+        Returns:
+            (n_cells, n_latent).
+
+        Raises:
+            ValueError: shapes that do not fit, or an index beyond its table.
+        """
+        self._check_indices(params, {}, graph)
+        inputs = self._arrays((np.asarray(times, np.float64), z, condition, dict(graph)))
+        return to_numpy(_velocity(self._parameters(params), *inputs))
+
+    def endpoint_jacobian(
+        self,
+        params: Mapping[str, np.ndarray],
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Numpy,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative of the latents at the last time in those at the first, by "rk4".
+
+        Args:
+            params: canonical parameters.
+            z: (n_cells, n_latent) at times[0].
+            times: (n_times,) strictly rising or falling.
+            condition: (n_cells, n_conditions) codes.
+            graph: source, target and sign (n_edges,), or {} without a network.
+            config: the run's configuration.
+            n_steps: between two neighbouring times.
+
+        Returns:
+            (n_cells, n_latent, n_latent): entry [c, i, j] is the derivative of the last latent i in the first latent j.
+
+        Raises:
+            ValueError: times that are not strictly monotonic, shapes that do not fit, or an index beyond its table.
+        """
+        check_request(times, "rk4", n_steps)
+        self._check_indices(params, {}, graph)
+        inputs = self._arrays((z, np.asarray(times, np.float64), condition, dict(graph)))
+        return to_numpy(_endpoint_jacobian(self._parameters(params), *inputs, n_steps=n_steps))
+
+    def endpoint_gradient(
+        self,
+        params: Mapping[str, np.ndarray],
+        counts: np.ndarray,
+        tissue: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Numpy,
+        weights: np.ndarray,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative of what cells end as in what they begin as, through encoder, flow ("rk4") and decoder.
+
+        A cell's score is sum_g weights_g log1p(NORMALISED_TOTAL mu_g), with mu decoded at library 1 from where the
+        cell's posterior mean is at the last time.
+
+        Args:
+            params: canonical parameters.
+            counts: (n_cells, n_genes) at times[0].
+            tissue: (n_cells,).
+            times: (n_times,) strictly rising or falling.
+            condition: (n_cells, n_conditions) codes.
+            graph: source, target and sign (n_edges,), or {} without a network.
+            weights: (n_genes,) of the score.
+            config: the run's configuration.
+            n_steps: between two neighbouring times.
+
+        Returns:
+            (n_cells, n_genes), the derivative of each cell's score in its log1p(counts).
+
+        Raises:
+            ValueError: times that are not strictly monotonic, shapes that do not fit, or an index beyond its table.
+        """
+        check_request(times, "rk4", n_steps)
+        self._check_indices(params, {}, {"tissue": tissue, **graph})
+        counts, times, weights = (np.asarray(array, np.float64) for array in (counts, times, weights))
+        inputs = self._arrays((counts, tissue, times, condition, dict(graph), weights))
+        return to_numpy(_endpoint_gradient(self._parameters(params), *inputs, n_steps=n_steps))
+
     # --- diagnosis ---
 
     def gradients(
@@ -461,7 +682,7 @@ class Backend:
         """Loss of one micro-batch and the gradient of every trained parameter.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: "vae", "operator", "joint", "cvae" or "flow".
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
@@ -496,7 +717,7 @@ class Backend:
         Intermediates come in the order in which they arise, then the loss as "loss", then gradients by sorted name.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: "vae", "operator", "joint", "cvae" or "flow".
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
@@ -553,11 +774,17 @@ class Backend:
         tissues = _rows(params, "conditions.tissue.table", "operators.A0")
         if tissues is None and "vae.decoder.hidden.weight" in params and "vae.encoder.mean.weight" in params:
             tissues = np.shape(params["vae.encoder.mean.weight"])[0] - np.shape(params["vae.encoder.hidden.weight"])[1]
+        if FLOW_MARK in params:
+            n_genes = np.shape(params["cvae.decoder.mean.weight"])[1]
+            tissues = np.shape(params["cvae.encoder.block1.weight"])[0] - n_genes
+        genes = _rows(params, "flow.genes")
         limits = {
             "perturbations": _rows(params, "conditions.features", "conditions.perturbation.table"),
             "tissue": tissues,
             "cells_tissue": tissues,
             "slot": _rows(carry, "v"),
+            "source": genes,
+            "target": genes,
         }
         for name, limit in limits.items():
             if limit is None or name not in batch or not np.size(batch[name]):

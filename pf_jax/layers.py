@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-__all__ = ["PRECISION", "Linear", "Table", "matmul"]
+from pf_core.config import LEAKY_SLOPE
+
+__all__ = ["PRECISION", "Linear", "Matrix", "Table", "leaky_relu", "matmul"]
 
 # Named on every product: the default of recent accelerators is TF32, and a caller's setting must not change results.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -18,6 +20,20 @@ PRECISION = jax.lax.Precision.HIGHEST
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x @ y` in full precision. Differentiated in both."""
     return jnp.matmul(x, y, precision=PRECISION)
+
+
+def leaky_relu(x: jax.Array) -> jax.Array:
+    """x where x > 0, else LEAKY_SLOPE x; the derivative at 0 is LEAKY_SLOPE.
+
+    Differentiated in x.
+
+    Args:
+        x: (...) values.
+
+    Returns:
+        (...) same dtype as x.
+    """
+    return jnp.where(x > 0, x, LEAKY_SLOPE * x)
 
 
 class Linear(nnx.Module):
@@ -33,6 +49,20 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return matmul(x, self.weight[...]) + self.bias[...]
+
+
+class Matrix(nnx.Module):
+    """A dense layer without bias, `x @ weight`, weight (in, out).
+
+    Args:
+        params: `weight` (n_in, n_out).
+    """
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.weight = nnx.Param(jnp.asarray(params["weight"]))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return matmul(x, self.weight[...])
 
 
 class Table(nnx.Module):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from functools import partial, reduce
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, NORMALISED_TOTA
 from pf_core.initial import select
 from pf_jax.conditions import ConditionEncoder
 from pf_jax.distances import energy_distance_grouped
+from pf_jax.flow_steps import cvae_loss, discriminator_loss, flow_loss, players_loss
 from pf_jax.likelihood import elbo_loss
 from pf_jax.operators import OperatorFamily, apply_operator, identity_penalty
 from pf_jax.probe import record
@@ -41,16 +42,16 @@ __all__ = [
 
 Arrays = dict[str, jax.Array]
 _LARGE = 1 << 16  # elements; smaller arrays are updated together, as one vector
-_PACKED = ""  # its name beside the canonical ones
-Stage = Literal["vae", "operator", "joint"]
+_RIVAL = "discriminator."  # how names of the first player of stage "cvae" begin; the second player is ""
+Stage = Literal["vae", "operator", "joint", "cvae", "flow"]
 
 
 class TrainState(NamedTuple):
     """Everything a step reads and writes, keyed by canonical names.
 
     params are the trained parameters and frozen the others; m and v are Adam's moments, shaped as params, and count its
-    updates so far; carry holds the vectors of the power iteration: {"v": (n_slots, n_latent)},
-    {"v_bases": (n_tissues + n_bases, n_latent)} or {}.
+    updates so far; carry holds the vectors of the power iteration, {"v": (n_slots, n_latent)} or
+    {"v_bases": (n_tissues + n_bases, n_latent)}, the running statistics of stage "cvae" by canonical name, or {}.
     """
 
     params: Arrays
@@ -331,35 +332,59 @@ def _grouped(function: Callable, x: jax.Array, tissue: jax.Array) -> Any:
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
-def stage_loss(stage: str, params, batch, noise, carry, beta, config: Config):
-    """loss, (parts, carry) of one micro-batch of a stage; stage "vae" hands the carry through."""
-    if stage == "vae":
-        loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
-        return loss, (parts, carry)
+def stage_loss(stage: str, params, batch, noise, carry, beta, config: Config, *, train: bool = True):
+    """loss, (parts, carry) of one micro-batch of a stage; stages without a carry hand it through."""
     if stage == "operator":
         return operator_loss(params, batch, noise, carry, config=config)
-    return joint_loss(params, batch, noise, carry, config=config, beta=beta)
+    if stage == "joint":
+        return joint_loss(params, batch, noise, carry, config=config, beta=beta)
+    if stage == "cvae":
+        return players_loss(params, batch, noise, carry, config=config, beta=beta, train=train)
+    if stage == "flow":
+        loss, (parts, _) = flow_loss(params, batch, noise, config=config)
+    else:
+        loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
+    return loss, (parts, carry)
+
+
+def _turn_loss(stage: str, turn: str | None, params, batch, noise, carry, beta, config: Config):
+    """The loss of one player of stage "cvae", or that of a stage with one player."""
+    if turn == _RIVAL:
+        return discriminator_loss(params, batch, noise, carry, config=config)
+    if stage == "cvae":
+        return cvae_loss(params, batch, noise, carry, config=config, beta=beta)
+    return stage_loss(stage, params, batch, noise, carry, beta, config)
+
+
+def _player(name: str) -> str:
+    return _RIVAL if name.startswith(_RIVAL) else ""
 
 
 def _settings(stage: str, config: Config) -> StageConfig:
-    return {"vae": config.stage_vae, "operator": config.stage_operator, "joint": config.stage_joint}[stage]
+    return getattr(config, f"stage_{stage}")
 
 
 def _pack(tree: Arrays) -> Arrays:
-    """The small arrays as one vector, the large ones as they are."""
+    """The small arrays as one vector per player, the large ones as they are."""
     # The time to compile and to dispatch grows with the number of arrays; copying the large ones would cost more.
-    small = [name for name in sorted(tree) if tree[name].size < _LARGE]
-    packed = {name: value for name, value in tree.items() if name not in small}
-    return packed | ({_PACKED: jnp.concatenate([tree[name].ravel() for name in small])} if small else {})
+    small: dict[str, list[jax.Array]] = {}
+    for name in sorted(tree):
+        if tree[name].size < _LARGE:
+            small.setdefault(_player(name), []).append(tree[name].ravel())
+    large = {name: value for name, value in tree.items() if value.size >= _LARGE}
+    return large | {player: jnp.concatenate(parts) for player, parts in small.items()}
 
 
 def _unpack(packed: Arrays, like: Arrays) -> Arrays:
     """The arrays of `_pack`, by name, with the shapes of like."""
-    tree, start = {}, 0
+    tree, starts = {}, {_RIVAL: 0, "": 0}
     for name in sorted(like):
-        shape, size = like[name].shape, like[name].size
-        tree[name] = packed[name] if name in packed else packed[_PACKED][start : start + size].reshape(shape)
-        start += 0 if name in packed else size
+        shape, size, player = like[name].shape, like[name].size, _player(name)
+        if name in packed:
+            tree[name] = packed[name]
+            continue
+        tree[name] = packed[player][starts[player] : starts[player] + size].reshape(shape)
+        starts[player] += size
     return tree
 
 
@@ -379,37 +404,48 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
     dtype = next(iter(moving.params.values())).dtype
     lr, beta = jnp.asarray(hyper["lr"], dtype), jnp.asarray(hyper["beta"], dtype)
     n_micro = jax.tree.leaves(batch)[0].shape[0]
-    trained = _unpack(moving.params, like.params)
-
-    def loss(params, carry, micro_batch, micro_noise):
-        return stage_loss(stage, like.frozen | params, micro_batch, micro_noise, carry, beta, config)
-
-    def accumulate(totals, micro):
-        carry, sums = totals
-        (value, (parts, carry)), grads = jax.value_and_grad(loss, has_aux=True)(trained, carry, *micro)
-        return (carry, jax.tree.map(jnp.add, sums, _pack(grads))), (value, parts)
-
-    # A scan with one turn is unrolled by the compiler; one body serves any number of micro-batches.
-    zeros = jax.tree.map(jnp.zeros_like, moving.params)
-    (carry, sums), reported = jax.lax.scan(accumulate, (moving.carry, zeros), (batch, noise))
-    value, parts = jax.tree.map(lambda leaf: leaf.mean(0), reported)
-    grads = {name: total / n_micro for name, total in sums.items()}
-
     settings = _settings(stage, config)
-    by_name = _unpack(grads, like.params)
-    norms = jnp.sqrt(jnp.stack([(by_name[name] ** 2).sum() for name in sorted(by_name)]))
-    clipped, norm = clip_by_global_norm(grads, settings.max_norm)
-    params, m, v, count = adam_update(
-        moving.params, clipped, moving.m, moving.v, moving.count, lr=lr, weight_decay=settings.weight_decay
-    )
-    # The guard: a step that is not finite leaves no trace, not even in the count or the carried vectors.
-    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, norm, params, m, v))]).all()
-    new = jax.tree.map(partial(jnp.where, ok), TrainState(params, {}, m, v, count, carry), moving)
-    return new, {"loss": value, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
+    new, parts, raw, values, norms = moving, {}, {}, [], []
+    for turn in (_RIVAL, "") if stage == "cvae" else (None,):
+        trained = _unpack(new.params, like.params)
+        own = {name: value for name, value in trained.items() if turn in (None, _player(name))}
+
+        def loss(own, carry, micro_batch, micro_noise, turn=turn, trained=trained):
+            return _turn_loss(stage, turn, like.frozen | trained | own, micro_batch, micro_noise, carry, beta, config)
+
+        def accumulate(totals, micro, loss=loss, own=own):
+            carry, sums = totals
+            (value, (parts, carry)), grads = jax.value_and_grad(loss, has_aux=True)(own, carry, *micro)
+            return (carry, jax.tree.map(jnp.add, sums, _pack(grads))), (value, parts)
+
+        # A scan with one turn is unrolled by the compiler; one body serves any number of micro-batches.
+        zeros = jax.tree.map(jnp.zeros_like, _pack(own))
+        (carry, sums), reported = jax.lax.scan(accumulate, (new.carry, zeros), (batch, noise))
+        value, found = jax.tree.map(lambda leaf: leaf.mean(0), reported)
+        parts |= found
+        values.append(value)
+        if not own:  # a player without trained parameters reports, and changes nothing
+            continue
+        grads = {name: total / n_micro for name, total in sums.items()}
+        clipped, norm = clip_by_global_norm(grads, settings.max_norm)
+        params, m, v = ({name: tree[name] for name in grads} for tree in (new.params, new.m, new.v))
+        params, m, v, count = adam_update(
+            params, clipped, m, v, moving.count, lr=lr, weight_decay=settings.weight_decay
+        )
+        new = TrainState(new.params | params, {}, new.m | m, new.v | v, count, carry)
+        raw |= _unpack(grads, own)
+        norms.append(norm)
+
+    each = jnp.sqrt(jnp.stack([(raw[name] ** 2).sum() for name in sorted(raw)]))
+    # The guard: a step that is not finite leaves no trace, not even in the count or what is carried.
+    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((values, norms, new))]).all()
+    metrics = {"loss": values[-1], "grad_norm": reduce(jnp.hypot, norms), "ok": ok, "parts": parts}
+    return jax.tree.map(partial(jnp.where, ok), new, moving), metrics | {"param_grad_norm": each}
 
 
 @partial(jax.jit, static_argnames=("stage", "config"))
-def _one_step(stage: str, state: TrainState, batch, noise, hyper, config: Config):
+def one_step(stage: str, state: TrainState, batch, noise, hyper, config: Config):
+    """One step of any stage; the steps by name say what it does."""
     moving, metrics = _step(stage, _moving(state), state, batch, noise, hyper, config)
     return _settled(moving, state), metrics
 
@@ -423,7 +459,8 @@ def _many_steps(stage: str, state: TrainState, batches, noises, hypers, config: 
 
 @partial(jax.jit, static_argnames=("stage", "config"))
 def _evaluate(stage: str, state: TrainState, batch, noise, beta, config: Config):
-    loss, (parts, _) = stage_loss(stage, state.frozen | state.params, batch, noise, state.carry, beta, config)
+    params = state.frozen | state.params
+    loss, (parts, _) = stage_loss(stage, params, batch, noise, state.carry, beta, config, train=False)
     return parts | {"loss": loss}
 
 
@@ -445,7 +482,7 @@ def vae_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *, 
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _one_step("vae", state, batch, noise, hyper, config)
+    return one_step("vae", state, batch, noise, hyper, config)
 
 
 def operator_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *, config: Config):
@@ -466,7 +503,7 @@ def operator_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _one_step("operator", state, batch, noise, hyper, config)
+    return one_step("operator", state, batch, noise, hyper, config)
 
 
 def joint_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *, config: Config):
@@ -487,7 +524,7 @@ def joint_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _one_step("joint", state, batch, noise, hyper, config)
+    return one_step("joint", state, batch, noise, hyper, config)
 
 
 def run_steps(stage: Stage, state: TrainState, batches: Arrays, noises: Arrays, hypers: Arrays, *, config: Config):
@@ -496,7 +533,7 @@ def run_steps(stage: Stage, state: TrainState, batches: Arrays, noises: Arrays, 
     Not meant to be differentiated. The state that is passed in is used up: in JAX its memory holds the result.
 
     Args:
-        stage: "vae", "operator" or "joint".
+        stage: "vae", "operator", "joint", "cvae" or "flow".
         state: the run.
         batches: as for the single step, with a leading axis of steps before that of the micro-batches.
         noises: the same.
@@ -521,7 +558,7 @@ def evaluate(
     Nothing is differentiated.
 
     Args:
-        stage: "vae", "operator" or "joint".
+        stage: "vae", "operator", "joint", "cvae" or "flow".
         state: the run.
         batch: as for the stage's loss, without an axis of micro-batches.
         noise: the same.
@@ -540,6 +577,6 @@ def evaluate(
 
 
 def check_stage(stage: str) -> None:
-    """Raise ValueError unless the stage is "vae", "operator" or "joint"."""
-    if stage not in ("vae", "operator", "joint"):
-        raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
+    """Raise ValueError unless the stage is one of those of `Stage`."""
+    if stage not in get_args(Stage):
+        raise ValueError(f"stage is {stage!r}; 'vae', 'operator', 'joint', 'cvae' or 'flow' was wanted")
