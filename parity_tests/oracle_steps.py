@@ -184,9 +184,10 @@ def step(stage: str, state: Tree, batch: Tree, noise: Tree, hyper: Tree, *, conf
     new: dict[str, Any] = {"params": {}, "m": {}, "v": {}}
     loss, parts, gradient, norms = None, {}, {}, []
     for player, names in players.items():
-        if not names:
+        found, loss, part, after = _averaged(player, params, names, batch, noise, carry, config, hyper["beta"])
+        parts = parts | part
+        if not names:  # it reports, and changes nothing
             continue
-        found, loss, part, carry = _averaged(player, params, names, batch, noise, carry, config, hyper["beta"])
         clipped, norm = clip_by_global_norm(found, settings.max_norm)
         old = ({name: tree[name] for name in names} for tree in (state["params"], clipped, state["m"], state["v"]))
         moved, m, v, new["count"] = adam_update(
@@ -195,7 +196,7 @@ def step(stage: str, state: Tree, batch: Tree, noise: Tree, hyper: Tree, *, conf
         params |= moved
         for key, tree in (("params", moved), ("m", m), ("v", v)):
             new[key] |= tree
-        parts, gradient, norms = parts | part, gradient | found, [*norms, norm]
+        carry, gradient, norms = after, gradient | found, [*norms, norm]
     metrics = {
         "loss": loss,
         "grad_norm": norms[0] if len(norms) == 1 else jets.sqrt(norms[0] * norms[0] + norms[1] * norms[1]),

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from parity_tests.cases import all_cases
-from parity_tests.mutant_list import EQUIVALENT
-from parity_tests.mutants import Mutant, all_mutants, indispensable, judge, notices, relevant, score
+from parity_tests.mutants import EQUIVALENT, Mutant, all_mutants, indispensable, judge, notices, relevant, score
 
 # A fault of each kind on each side, seconds each; `pf parity --mutants` runs them all.
 FAST = (
