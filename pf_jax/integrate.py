@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -109,8 +111,7 @@ def check_request(times: Any, method: str, n_steps: int) -> None:
     # twin: inside compiled code times have no values yet; Backend looks at them before.
     if isinstance(times, Tracer):
         return
-    steps = np.diff(np.asarray(times))
-    if not (np.isfinite(np.asarray(times)).all() and ((steps > 0).all() or (steps < 0).all())):
-        raise ValueError(
-            f"times are {np.asarray(times).tolist()}; strictly rising or strictly falling ones were wanted"
-        )
+    values = np.asarray(times, np.float64).tolist()
+    rising, falling = (all(sign * b > sign * a for a, b in pairwise(values)) for sign in (1, -1))
+    if not (all(map(math.isfinite, values)) and (rising or falling)):
+        raise ValueError(f"times are {values}; strictly rising or strictly falling ones were wanted")

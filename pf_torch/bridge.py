@@ -10,10 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pf_core.config import Config
+from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, judge
 from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
+from pf_torch.cvae import CVAE
+from pf_torch.flow import VectorField
+from pf_torch.flow_steps import discriminator_loss
+from pf_torch.integrate import integrate
 from pf_torch.operators import OperatorFamily
 from pf_torch.probe import recording
 from pf_torch.steps import TrainState, check_stage, check_trainable, evaluate, init_state, run_steps, stage_loss
@@ -23,6 +27,7 @@ __all__ = ["Backend", "gradient_health", "synchronize", "to_backend", "to_numpy"
 
 Arrays = Mapping[str, np.ndarray]
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_STATISTICS = ("norm1.mean", "norm1.var", "norm2.mean", "norm2.var")  # of the encoder of the flow system
 
 
 def _map(function: Callable[[Any], Any], tree: Any) -> Any:
@@ -177,6 +182,11 @@ def _check_indices(params: Mapping[str, Any], arrays: Arrays, carry: Mapping[str
         table = "conditions.perturbation.table"
         n = params[table if table in params else "conditions.features"].shape[0]
         sizes |= {"tissue": params["operators.A0"].shape[0], "perturbations": n}
+    if "cvae.encoder.block1.weight" in params:
+        n_genes = params["cvae.decoder.mean.weight"].shape[1]
+        sizes["tissue"] = params["cvae.encoder.block1.weight"].shape[0] - n_genes
+    if "flow.genes" in params:
+        sizes["source"] = sizes["target"] = params["flow.genes"].shape[0]
     if carry and "v" in carry:
         sizes["slot"] = carry["v"].shape[0]
     for name, n in sizes.items():
@@ -243,13 +253,13 @@ class Backend:
         """The state of a run, on the device.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             m: first moments by name; None for zeros.
             v: second moments by name; None for zeros.
             count: updates done so far.
-            carry: vectors of the power iteration; None for none.
+            carry: vectors of the power iteration, or running statistics; None for none.
 
         Returns:
             An opaque state for `run`, `evaluate` and `export`.
@@ -268,7 +278,7 @@ class Backend:
         """Many steps in one call. The state that is passed in is used up.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
             batches: leaves (n_steps, n_micro, ...).
             noises: the same.
@@ -292,7 +302,7 @@ class Backend:
         """Loss of a stage and its parts, without an update.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
             batch: without an axis of micro-batches.
             noise: the same.
@@ -325,10 +335,10 @@ class Backend:
     # --- the model ------------------------------------------------------------------------------------------------
 
     def encode(self, params: Arrays, counts: np.ndarray, tissue: np.ndarray, config: Config) -> tuple[Any, Any]:
-        """Posterior mean and unclipped log variance.
+        """Posterior mean and unclipped log variance, in evaluation mode.
 
         Args:
-            params: canonical parameters.
+            params: canonical parameters; with those below "cvae." the running statistics too.
             counts: (n_cells, n_genes).
             tissue: (n_cells,).
             config: the run's configuration.
@@ -337,11 +347,11 @@ class Backend:
             z_mu and z_logvar, each (n_cells, n_latent).
 
         Raises:
-            ValueError: another number of genes than the model has, or an index beyond its table.
+            ValueError: another number of genes than the model has, an index beyond its table, or no running statistics.
         """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
-            return to_numpy(self._vae(params, config).encode(self._to(counts), self._to(tissue)))
+            return to_numpy(self._encode(params, self._to(counts), self._to(tissue), config))
 
     def decode(
         self, params: Arrays, z: np.ndarray, tissue: np.ndarray, library: np.ndarray, config: Config
@@ -363,7 +373,7 @@ class Backend:
         """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
-            return to_numpy(self._vae(params, config).decode(self._to(z), self._to(tissue), self._to(library)))
+            return to_numpy(self._model(params, config).decode(self._to(z), self._to(tissue), self._to(library)))
 
     def dispersion(self, params: Arrays, tissue: np.ndarray, config: Config) -> np.ndarray:
         """Inverse dispersion of every gene.
@@ -381,7 +391,7 @@ class Backend:
         """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
-            return to_numpy(self._vae(params, config).dispersion(self._to(tissue)))
+            return to_numpy(self._model(params, config).dispersion(self._to(tissue)))
 
     def operators(self, params: Arrays, conditions: Arrays, config: Config) -> dict[str, np.ndarray]:
         """The operators of conditions, and what they are made of.
@@ -434,10 +444,169 @@ class Backend:
             ValueError: an index beyond its table.
         """
         _check_indices(params, {"tissue": tissue})
-        model, tissue_, library_ = self._vae(params, config), self._to(tissue), self._to(library)
+        model, tissue_, library_ = self._model(params, config), self._to(tissue), self._to(library)
         with torch.no_grad():
             decode = lambda latent: model.decode(latent, tissue_, library_)
             return to_numpy(torch.func.jvp(decode, (self._to(z),), (self._to(direction),))[1])
+
+    # --- trajectories ---------------------------------------------------------------------------------------------
+
+    def trajectory(
+        self,
+        params: Arrays,
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+        *,
+        method: str = "rk4",
+        n_steps: int = RK4_STEPS,
+        rtol: float = 1e-5,
+        atol: float = 1e-6,
+    ) -> np.ndarray:
+        """Latents on the way of the vector field.
+
+        Args:
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            z: (n_cells, n_latent) at the first time.
+            times: (n_times,) strictly rising or falling, 0 at the first and 1 at the last time point of training.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
+            config: the run's configuration.
+            method: "rk4" or "dopri5".
+            n_steps: of "rk4" between neighbouring times.
+            rtol: of "dopri5".
+            atol: of "dopri5".
+
+        Returns:
+            (n_times, n_cells, n_latent), the first z itself.
+
+        Raises:
+            ValueError: as for `integrate`, an index beyond its table, or widths that do not fit.
+            ImportError: "dopri5" without the extra that brings its solver.
+        """
+        _check_indices(params, graph)
+        start = self._to(z)
+        with torch.no_grad():
+            standard = self._flow(params, condition, graph)
+            path = standard.path(start, self._to(times), method=method, n_steps=n_steps, rtol=rtol, atol=atol)
+        return to_numpy(path)
+
+    def velocity(
+        self,
+        params: Arrays,
+        times: np.ndarray,
+        z: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+    ) -> np.ndarray:
+        """Derivative of the latents in time.
+
+        Args:
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            times: (n_cells,) or ().
+            z: (n_cells, n_latent).
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
+            config: the run's configuration.
+
+        Returns:
+            (n_cells, n_latent).
+
+        Raises:
+            ValueError: an index beyond its table, or widths that do not fit.
+        """
+        _check_indices(params, graph)
+        with torch.no_grad():
+            return to_numpy(self._flow(params, condition, graph).velocity(self._to(times), self._to(z)))
+
+    def endpoint_jacobian(
+        self,
+        params: Arrays,
+        z: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative of each cell's latent at the last time in its latent at the first.
+
+        Args:
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            z: (n_cells, n_latent) at the first time.
+            times: (n_times,) strictly rising or falling.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
+            config: the run's configuration.
+            n_steps: of "rk4" between neighbouring times.
+
+        Returns:
+            (n_cells, n_latent, n_latent), [c, i, j] the derivative of latent i at the end in latent j at the start.
+
+        Raises:
+            ValueError: as for `integrate`, an index beyond its table, or widths that do not fit.
+        """
+        _check_indices(params, graph)
+        start, times_ = self._to(z), self._to(times)
+        with torch.no_grad():
+            flow = self._flow(params, condition, graph)
+            end = lambda latent: flow.path(latent, times_, n_steps=n_steps)[-1]
+            # Cells do not meet, so one direction serves all of them; forward mode keeps no steps in memory.
+            columns = [
+                torch.func.jvp(end, (start,), (unit.expand_as(start),))[1]
+                for unit in torch.eye(start.shape[1], dtype=start.dtype, device=start.device)
+            ]
+        return to_numpy(torch.stack(columns, dim=-1))
+
+    def endpoint_gradient(
+        self,
+        params: Arrays,
+        counts: np.ndarray,
+        tissue: np.ndarray,
+        times: np.ndarray,
+        condition: np.ndarray,
+        graph: Arrays,
+        weights: np.ndarray,
+        config: Config,
+        *,
+        n_steps: int = RK4_STEPS,
+    ) -> np.ndarray:
+        """Derivative in log1p(counts) of what a cell expresses at the end of its trajectory.
+
+        A cell is encoded (posterior mean, evaluation mode), moved from the first time to the last and decoded at
+        library 1; differentiated is sum_g weights_g log1p(NORMALISED_TOTAL mu_g).
+
+        Args:
+            params: canonical parameters below "cvae." and "flow.", with running statistics, "flow.center" and
+                "flow.scale".
+            counts: (n_cells, n_genes) at the first time.
+            tissue: (n_cells,).
+            times: (n_times,) strictly rising or falling.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
+            weights: (n_genes,) of the genes looked at.
+            config: the run's configuration.
+            n_steps: of "rk4" between neighbouring times.
+
+        Returns:
+            (n_cells, n_genes).
+
+        Raises:
+            ValueError: as for `integrate`, another number of genes than the model has, an index beyond its table, or
+                no running statistics.
+        """
+        _check_indices(params, {**graph, "tissue": tissue})
+        x, tissue_, weights_ = self._to(counts).requires_grad_(), self._to(tissue), self._to(weights)
+        z, _ = self._encode(params, x, tissue_, config)
+        end = self._flow(params, condition, graph).path(z, self._to(times), n_steps=n_steps)[-1]
+        mu = self._model(params, config).decode(end, tissue_, torch.ones_like(x[:, 0]))
+        score = (torch.log1p(NORMALISED_TOTAL * mu) * weights_).sum()
+        (by_counts,) = torch.autograd.grad(score, x)
+        return to_numpy(by_counts * (1.0 + x))  # d counts / d log1p(counts)
 
     # --- looking into a step --------------------------------------------------------------------------------------
 
@@ -454,14 +623,16 @@ class Backend:
     ) -> tuple[float, dict[str, np.ndarray | None]]:
         """Loss of one micro-batch and the gradient of every trained parameter.
 
+        In stage "cvae" the loss is player 2's, and a gradient is that of the player who trains the parameter.
+
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; {} for none.
+            carry: vectors of the power iteration, or running statistics; {} for none.
             config: the run's configuration.
 
         Returns:
@@ -477,9 +648,18 @@ class Backend:
         trained = {name: weights[name] for name in sorted(trainable)}
         frozen = {name: value for name, value in weights.items() if name not in trained}
         given, noise_, carry_ = (self._to(dict(tree)) for tree in (batch, noise, carry))
-        loss = lambda leaves: stage_loss(stage, {**frozen, **leaves}, given, noise_, carry_, hyper["beta"], config)[0]
-        output, grads = value_and_grad(loss, trained)
-        return float(output), to_numpy(grads)
+
+        def losses(leaves: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            """What is differentiated, and the loss. The players share no parameter, so the sum has both gradients."""
+            everything = {**frozen, **leaves}
+            first = 0.0
+            if stage == "cvae":
+                first, _ = discriminator_loss(everything, given, noise_, carry_, config=config)
+            loss, _ = stage_loss(stage, everything, given, noise_, carry_, hyper["beta"], config)
+            return loss + first, loss
+
+        (_, loss), grads = value_and_grad(losses, trained)
+        return float(loss), to_numpy(grads)
 
     def diagnose(
         self,
@@ -497,13 +677,13 @@ class Backend:
         Intermediates come in the order in which they arise, then the loss as "loss", then gradients by sorted name.
 
         Args:
-            stage: "vae", "operator" or "joint".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; {} for none.
+            carry: vectors of the power iteration, or running statistics; {} for none.
             config: the run's configuration.
 
         Returns:
@@ -530,5 +710,43 @@ class Backend:
     def _to(self, tree: Any) -> Any:
         return to_backend(tree, self.dtype, self.device)
 
-    def _vae(self, params: Arrays, config: Config) -> NBVAE:
-        return NBVAE(config.vae, select(self._to(dict(params)), "vae"))
+    def _model(self, params: Arrays, config: Config) -> NBVAE | CVAE:
+        weights = self._to(dict(params))
+        if "cvae.encoder.mean.weight" in params:
+            return CVAE(select(weights, "cvae"))
+        return NBVAE(config.vae, select(weights, "vae"))
+
+    def _encode(self, params: Arrays, counts: Tensor, tissue: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+        model = self._model(params, config)
+        if isinstance(model, NBVAE):
+            return model.encode(counts, tissue)
+        names = {name: f"cvae.encoder.{name}" for name in _STATISTICS}
+        missing = [name for name in names.values() if name not in params]
+        if missing:
+            raise ValueError(f"params lack the running statistics {', '.join(missing)}; add the carry of stage 'cvae'")
+        statistics = {name: self._to(params[canonical]) for name, canonical in names.items()}
+        return model.encode(counts, tissue, statistics)[:2]
+
+    def _flow(self, params: Arrays, condition: np.ndarray, graph: Arrays) -> _Flow:
+        missing = [name for name in ("flow.center", "flow.scale") if name not in params]
+        if missing:
+            raise ValueError(f"params lack {', '.join(missing)}; pass the parameters of a trained flow")
+        weights = select(self._to(dict(params)), "flow")
+        return _Flow(weights, self._to(condition), self._to(dict(graph)))
+
+
+class _Flow:
+    """A vector field on latents as they are; the field itself knows standardised ones, (z - center) / scale."""
+
+    def __init__(self, weights: dict[str, Tensor], condition: Tensor, graph: dict[str, Tensor]):
+        self.field, self.condition = VectorField(weights), condition
+        self.nodes = self.field.nodes(graph)
+        self.center, self.scale = weights["center"], weights["scale"]
+
+    def velocity(self, times: Tensor, z: Tensor) -> Tensor:
+        return self.scale * self.field(times, (z - self.center) / self.scale, self.condition, self.nodes)
+
+    def path(self, z: Tensor, times: Tensor, **options: Any) -> Tensor:
+        standard = lambda s, z: self.field(s, z, self.condition, self.nodes)
+        path = integrate(standard, (z - self.center) / self.scale, times, **options)
+        return torch.cat([z[None], self.center + self.scale * path[1:]])

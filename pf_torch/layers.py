@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pf_core.config import LEAKY_SLOPE
 from pf_core.initial import select
 
-__all__ = ["MLP", "Linear", "one_hot", "own", "softplus"]
+__all__ = ["MLP", "Linear", "leaky_relu", "one_hot", "own", "softplus"]
 
 
 def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> None:
@@ -61,23 +62,41 @@ def softplus(x: Tensor) -> Tensor:
     return _Softplus.apply(x)  # type: ignore[return-value]
 
 
+def leaky_relu(x: Tensor) -> Tensor:
+    """x where x > 0, else LEAKY_SLOPE x.
+
+    Differentiated in x: 1 above 0, LEAKY_SLOPE below 0 and at it.
+
+    Args:
+        x: (...) values.
+
+    Returns:
+        (...) same dtype as x.
+    """
+    return torch.where(x > 0, x, LEAKY_SLOPE * x)
+
+
 class Linear(nn.Module):
     """A dense layer `x @ weight + bias`, weight (in, out).
 
     Args:
-        params: `weight` (n_in, n_out) and `bias` (n_out,).
+        params: `weight` (n_in, n_out), and `bias` (n_out,) where the layer has one.
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
 
     def __init__(self, params: Mapping[str, Any]):
         super().__init__()
         own(self, "weight", params["weight"])
-        own(self, "bias", params["bias"])
+        if "bias" in params:
+            own(self, "bias", params["bias"])
+        else:
+            self.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self.weight) + self.bias
+        out = torch.matmul(x, self.weight)
+        return out if self.bias is None else out + self.bias
 
 
 class MLP(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pf_core.backends import STAGES
 from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, NORMALISED_TOTAL, Config
 from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
@@ -45,7 +46,7 @@ class TrainState:
 
     params are the trained parameters and frozen the others; m and v are Adam's moments, shaped as params, and count its
     updates so far; carry holds the vectors of the power iteration: {"v": (n_slots, n_latent)},
-    {"v_bases": (n_tissues + n_bases, n_latent)} or {}.
+    {"v_bases": (n_tissues + n_bases, n_latent)} or {}; in stage "cvae" the running statistics by canonical name.
     """
 
     params: Tensors
@@ -75,7 +76,7 @@ def init_state(
         m: first moments by name; None for zeros.
         v: second moments by name; None for zeros.
         count: updates done so far.
-        carry: vectors of the power iteration, see `operator_loss`; None for none.
+        carry: what passes from step to step, see `TrainState`; None for none.
         dtype: "float32" or "float64", of every array.
         device: where the state lives.
 
@@ -249,19 +250,27 @@ def check_trainable(trainable: Collection[str], params: Mapping[str, Any]) -> No
 
 
 def check_stage(stage: str) -> None:
-    """Raise ValueError unless the stage is "vae", "operator" or "joint"."""
-    if stage not in ("vae", "operator", "joint"):
-        raise ValueError(f"stage is {stage!r}; 'vae', 'operator' or 'joint' was wanted")
+    """Raise ValueError unless the stage is one of `pf_core.backends.STAGES`."""
+    known = [name for stages in STAGES.values() for name in stages]
+    if stage not in known:
+        raise ValueError(f"stage is {stage!r}; one of {', '.join(map(repr, known))} was wanted")
 
 
 def stage_loss(
     stage: str, params: Tensors, batch: Tensors, noise: Tensors, carry: Tensors, beta: float | Tensor, config: Config
 ) -> LossOutput:
-    """loss, (parts, carry) of one micro-batch of a stage; stage "vae" hands the carry through."""
+    """loss, (parts, carry) of one micro-batch of a stage, of "cvae" that of player 2; unused carry passes through."""
+    from pf_torch.flow_steps import cvae_loss, flow_loss  # built on this module
+
     check_stage(stage)
     if stage == "vae":
         loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
         return loss, (parts, carry)
+    if stage == "flow":
+        loss, (parts, _) = flow_loss(params, batch, noise, config=config)
+        return loss, (parts, carry)
+    if stage == "cvae":
+        return cvae_loss(params, batch, noise, carry, config=config, beta=beta)
     if stage == "operator":
         return operator_loss(params, batch, noise, carry, config=config)
     return joint_loss(params, batch, noise, carry, config=config, beta=beta)
@@ -326,7 +335,7 @@ def adam_update(
     return new_params, new_m, new_v, count
 
 
-def _all_finite(*trees: Tensors) -> bool:
+def all_finite(*trees: Tensors) -> bool:
     extremes = [bound for tree in trees for x in tree.values() for bound in torch.aminmax(x)]
     return bool(torch.isfinite(torch.stack(extremes)).all())
 
@@ -334,11 +343,11 @@ def _all_finite(*trees: Tensors) -> bool:
 # --- steps --------------------------------------------------------------------------------------------------------
 
 
-def _micro(tree: Tensors, index: int) -> Tensors:
+def micro(tree: Tensors, index: int) -> Tensors:
     return {name: value[index] for name, value in tree.items()}
 
 
-def _step(
+def train_step(
     stage: str,
     state: TrainState,
     batch: Tensors,
@@ -354,7 +363,7 @@ def _step(
     losses, all_parts, grads = [], [], {name: torch.zeros_like(p) for name, p in state.params.items()}
     for index in range(n):
         loss, (parts, carry) = loss_function(
-            stage, {**state.frozen, **leaves}, _micro(batch, index), _micro(noise, index), carry, hyper["beta"], config
+            stage, {**state.frozen, **leaves}, micro(batch, index), micro(noise, index), carry, hyper["beta"], config
         )
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, total), g in zip(grads.items(), found, strict=True):
@@ -368,7 +377,7 @@ def _step(
     params, m, v, count = adam_update(
         state.params, clipped, state.m, state.v, state.count, lr=hyper["lr"], weight_decay=settings.weight_decay
     )
-    ok = bool(torch.isfinite(loss + norm)) and _all_finite(params, m, v)
+    ok = bool(torch.isfinite(loss + norm)) and all_finite(params, m, v)
     parts = {name: torch.stack([parts[name] for parts in all_parts]).mean() for name in all_parts[0]}
     metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
     return (replace(state, params=params, m=m, v=v, count=count, carry=carry) if ok else state), metrics
@@ -394,7 +403,7 @@ def vae_step(
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _step("vae", state, batch, noise, hyper, config)
+    return train_step("vae", state, batch, noise, hyper, config)
 
 
 def operator_step(
@@ -417,7 +426,7 @@ def operator_step(
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _step("operator", state, batch, noise, hyper, config)
+    return train_step("operator", state, batch, noise, hyper, config)
 
 
 def joint_step(
@@ -440,7 +449,7 @@ def joint_step(
         state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}; the last holds the norms before
         clipping of the trained parameters, sorted by name.
     """
-    return _step("joint", state, batch, noise, hyper, config)
+    return train_step("joint", state, batch, noise, hyper, config)
 
 
 def _stack(trees: list[Any]) -> Any:
@@ -465,7 +474,7 @@ def run_steps(
     Not meant to be differentiated. The state that is passed in is used up: in JAX its memory holds the result.
 
     Args:
-        stage: "vae", "operator" or "joint".
+        stage: a name of `pf_core.backends.STAGES`.
         state: the run.
         batches: as for the single step, with a leading axis of steps before that of the micro-batches.
         noises: the same.
@@ -479,14 +488,19 @@ def run_steps(
     Raises:
         ValueError: an unknown stage.
     """
+    from pf_torch.flow_steps import alternating_step, cvae_loss, discriminator_loss  # built on this module
+
     check_stage(stage)
-    loss_function = torch.compile(stage_loss) if compile else stage_loss
+    prepare = torch.compile if compile else lambda function: function
+    players, loss_function = (prepare(discriminator_loss), prepare(cvae_loss)), prepare(stage_loss)
     collected = []
     for index in range(len(hypers["lr"])):
         hyper = {name: torch.as_tensor(values[index]) for name, values in hypers.items()}
-        state, metrics = _step(
-            stage, state, _micro(batches, index), _micro(noises, index), hyper, config, loss_function
-        )
+        data = micro(batches, index), micro(noises, index), hyper, config
+        if stage == "cvae":
+            state, metrics = alternating_step(state, *data, players)
+        else:
+            state, metrics = train_step(stage, state, *data, loss_function)
         collected.append(metrics)
     return state, _stack(collected)
 
@@ -499,7 +513,7 @@ def evaluate(
     Nothing is differentiated.
 
     Args:
-        stage: "vae", "operator" or "joint".
+        stage: a name of `pf_core.backends.STAGES`.
         state: the run.
         batch: as for the stage's loss, without an axis of micro-batches.
         noise: the same.
@@ -512,6 +526,12 @@ def evaluate(
     Raises:
         ValueError: an unknown stage.
     """
+    from pf_torch.flow_steps import evaluate_players  # built on this module
+
+    params = {**state.frozen, **state.params}
     with torch.no_grad():
-        loss, (parts, _) = stage_loss(stage, {**state.frozen, **state.params}, batch, noise, state.carry, beta, config)
+        if stage == "cvae":
+            loss, parts = evaluate_players(params, batch, noise, state.carry, config=config, beta=beta)
+        else:
+            loss, (parts, _) = stage_loss(stage, params, batch, noise, state.carry, beta, config)
     return {**parts, "loss": loss}

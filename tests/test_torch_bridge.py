@@ -267,8 +267,8 @@ def test_backend_names_what_it_cannot_do():
         Backend(dtype="bfloat16")
     with pytest.raises(ValueError, match="device 'abacus' is not usable"):
         Backend(device="abacus")
-    with pytest.raises(ValueError, match="stage is 'flow'"):
-        Backend().init("flow", parameters(), trainable=())
+    with pytest.raises(ValueError, match="stage is 'nothing'"):
+        Backend().init("nothing", parameters(), trainable=())
 
 
 def test_backend_is_the_one_that_the_core_loads_and_describes_itself():

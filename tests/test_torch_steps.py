@@ -511,5 +511,5 @@ def test_state_names_what_does_not_fit():
         init_state(params, trainable=["vae.nothing"])
     with pytest.raises(ValueError, match="names and shapes of m do not fit"):
         init_state(params, trainable=["operators.B"], m={"operators.B": torch.zeros(3)})
-    with pytest.raises(ValueError, match="stage is 'flow'"):
-        run_steps("flow", start(params, {}, "vae"), {}, {}, {"lr": [1.0], "beta": [1.0]}, config=config())
+    with pytest.raises(ValueError, match="stage is 'nothing'"):
+        run_steps("nothing", start(params, {}, "vae"), {}, {}, {"lr": [1.0], "beta": [1.0]}, config=config())
