@@ -19,6 +19,7 @@ from pf_jax import steps
 from pf_jax.conditions import ConditionEncoder
 from pf_jax.cvae import CVAE
 from pf_jax.flow import VectorField
+from pf_jax.flow_steps import ENCODER, players_loss
 from pf_jax.integrate import check_request, integrate
 from pf_jax.layers import PRECISION
 from pf_jax.operators import OperatorFamily
@@ -248,7 +249,12 @@ class _FlowModel:
         self.decode, self.dispersion = self.cvae.decode, self.cvae.dispersion
 
     def encode(self, counts, tissue):
-        return self.cvae.encode(counts, tissue, select(self.params, "cvae.encoder"))[:2]
+        statistics = select(self.params, ENCODER)
+        if "norm1.mean" not in statistics:
+            raise ValueError(
+                f"params have no running statistics ({ENCODER}.norm1.mean ...); add the carry of stage 'cvae'"
+            )
+        return self.cvae.encode(counts, tissue, statistics)[:2]
 
     def path(self, z, times, condition, nodes, **settings):
         center, scale = self.params["flow.center"], self.params["flow.scale"]
@@ -320,13 +326,13 @@ class Backend:
         """The state of a run, on the device.
 
         Args:
-            stage: "vae", "operator", "joint", "cvae" or "flow".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             m: first moments by name; None for zeros.
             v: second moments by name; None for zeros.
             count: updates done so far.
-            carry: vectors of the power iteration; None for none.
+            carry: vectors of the power iteration, or running statistics; None for none.
 
         Returns:
             An opaque state for `run`, `evaluate` and `export`.
@@ -345,7 +351,7 @@ class Backend:
         """Many steps in one call. The state that is passed in is used up.
 
         Args:
-            stage: "vae", "operator", "joint", "cvae" or "flow".
+            stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
             batches: leaves (n_steps, n_micro, ...).
             noises: the same.
@@ -371,7 +377,7 @@ class Backend:
         """Loss of a stage and its parts, without an update.
 
         Args:
-            stage: "vae", "operator", "joint", "cvae" or "flow".
+            stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
             batch: without an axis of micro-batches.
             noise: the same.
@@ -411,10 +417,10 @@ class Backend:
     def encode(
         self, params: Mapping[str, np.ndarray], counts: np.ndarray, tissue: np.ndarray, config: Config
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Posterior mean and unclipped log variance.
+        """Posterior mean and unclipped log variance, in evaluation mode.
 
         Args:
-            params: canonical parameters.
+            params: canonical parameters; with those below "cvae." the running statistics too.
             counts: (n_cells, n_genes).
             tissue: (n_cells,).
             config: the run's configuration.
@@ -423,7 +429,7 @@ class Backend:
             z_mu and z_logvar, each (n_cells, n_latent).
 
         Raises:
-            ValueError: another number of genes than the model has, or an index beyond its table.
+            ValueError: another number of genes than the model has, an index beyond its table, or no running statistics.
         """
         self._check_indices(params, {}, {"tissue": tissue})
         inputs = self._arrays((counts, tissue))
@@ -536,14 +542,14 @@ class Backend:
         """Latents on the way of the vector field.
 
         Args:
-            params: canonical parameters.
-            z: (n_cells, n_latent) at times[0].
-            times: (n_times,) strictly rising or falling.
-            condition: (n_cells, n_conditions) codes.
-            graph: source, target and sign (n_edges,), or {} without a network.
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            z: (n_cells, n_latent) at the first time.
+            times: (n_times,) strictly rising or falling, 0 at the first and 1 at the last time point of training.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
             config: the run's configuration.
-            method: "rk4" or "dopri5", see `integrate`.
-            n_steps: of "rk4", between two neighbouring times.
+            method: "rk4" or "dopri5".
+            n_steps: of "rk4" between neighbouring times.
             rtol: of "dopri5".
             atol: of "dopri5".
 
@@ -551,9 +557,8 @@ class Backend:
             (n_times, n_cells, n_latent), the first z itself.
 
         Raises:
-            ValueError: times that are not strictly monotonic, shapes that do not fit, an index beyond its table, or an
-                unknown method.
-            ImportError: "dopri5" without its package.
+            ValueError: as for `integrate`, an index beyond its table, or widths that do not fit.
+            ImportError: "dopri5" without the extra that brings its solver.
         """
         check_request(times, method, n_steps)
         self._check_indices(params, {}, graph)
@@ -572,21 +577,21 @@ class Backend:
         graph: Numpy,
         config: Config,
     ) -> np.ndarray:
-        """Velocity dz/ds of latents.
+        """Derivative of the latents in time.
 
         Args:
-            params: canonical parameters.
-            times: (n_cells,).
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            times: (n_cells,) or ().
             z: (n_cells, n_latent).
-            condition: (n_cells, n_conditions) codes.
-            graph: source, target and sign (n_edges,), or {} without a network.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
             config: the run's configuration.
 
         Returns:
             (n_cells, n_latent).
 
         Raises:
-            ValueError: shapes that do not fit, or an index beyond its table.
+            ValueError: an index beyond its table, or widths that do not fit.
         """
         self._check_indices(params, {}, graph)
         inputs = self._arrays((np.asarray(times, np.float64), z, condition, dict(graph)))
@@ -603,22 +608,22 @@ class Backend:
         *,
         n_steps: int = RK4_STEPS,
     ) -> np.ndarray:
-        """Derivative of the latents at the last time in those at the first, by "rk4".
+        """Derivative of each cell's latent at the last time in its latent at the first.
 
         Args:
-            params: canonical parameters.
-            z: (n_cells, n_latent) at times[0].
+            params: canonical parameters below "flow.", with the frozen "flow.center" and "flow.scale".
+            z: (n_cells, n_latent) at the first time.
             times: (n_times,) strictly rising or falling.
-            condition: (n_cells, n_conditions) codes.
-            graph: source, target and sign (n_edges,), or {} without a network.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
             config: the run's configuration.
-            n_steps: between two neighbouring times.
+            n_steps: of "rk4" between neighbouring times.
 
         Returns:
-            (n_cells, n_latent, n_latent): entry [c, i, j] is the derivative of the last latent i in the first latent j.
+            (n_cells, n_latent, n_latent), [c, i, j] the derivative of latent i at the end in latent j at the start.
 
         Raises:
-            ValueError: times that are not strictly monotonic, shapes that do not fit, or an index beyond its table.
+            ValueError: as for `integrate`, an index beyond its table, or widths that do not fit.
         """
         check_request(times, "rk4", n_steps)
         self._check_indices(params, {}, graph)
@@ -638,27 +643,29 @@ class Backend:
         *,
         n_steps: int = RK4_STEPS,
     ) -> np.ndarray:
-        """Derivative of what cells end as in what they begin as, through encoder, flow ("rk4") and decoder.
+        """Derivative in log1p(counts) of what a cell expresses at the end of its trajectory.
 
-        A cell's score is sum_g weights_g log1p(NORMALISED_TOTAL mu_g), with mu decoded at library 1 from where the
-        cell's posterior mean is at the last time.
+        A cell is encoded (posterior mean, evaluation mode), moved from the first time to the last and decoded at
+        library 1; differentiated is sum_g weights_g log1p(NORMALISED_TOTAL mu_g).
 
         Args:
-            params: canonical parameters.
-            counts: (n_cells, n_genes) at times[0].
+            params: canonical parameters below "cvae." and "flow.", with running statistics, "flow.center" and
+                "flow.scale".
+            counts: (n_cells, n_genes) at the first time.
             tissue: (n_cells,).
             times: (n_times,) strictly rising or falling.
-            condition: (n_cells, n_conditions) codes.
-            graph: source, target and sign (n_edges,), or {} without a network.
-            weights: (n_genes,) of the score.
+            condition: (n_cells, n_conditions).
+            graph: source, target and sign (n_edges,), or {} for no network.
+            weights: (n_genes,) of the genes looked at.
             config: the run's configuration.
-            n_steps: between two neighbouring times.
+            n_steps: of "rk4" between neighbouring times.
 
         Returns:
-            (n_cells, n_genes), the derivative of each cell's score in its log1p(counts).
+            (n_cells, n_genes).
 
         Raises:
-            ValueError: times that are not strictly monotonic, shapes that do not fit, or an index beyond its table.
+            ValueError: as for `integrate`, another number of genes than the model has, an index beyond its table, or
+                no running statistics.
         """
         check_request(times, "rk4", n_steps)
         self._check_indices(params, {}, {"tissue": tissue, **graph})
@@ -681,14 +688,16 @@ class Backend:
     ) -> tuple[float, dict[str, np.ndarray | None]]:
         """Loss of one micro-batch and the gradient of every trained parameter.
 
+        In stage "cvae" the loss is player 2's, and a gradient is that of the player who trains the parameter.
+
         Args:
-            stage: "vae", "operator", "joint", "cvae" or "flow".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; {} for none.
+            carry: vectors of the power iteration, or running statistics; {} for none.
             config: the run's configuration.
 
         Returns:
@@ -717,13 +726,13 @@ class Backend:
         Intermediates come in the order in which they arise, then the loss as "loss", then gradients by sorted name.
 
         Args:
-            stage: "vae", "operator", "joint", "cvae" or "flow".
+            stage: a name of `pf_core.backends.STAGES`.
             params: all canonical parameters.
             trainable: names of those that are trained.
             batch: without an axis of micro-batches.
             noise: the same.
             hyper: {"beta": number, ...}.
-            carry: vectors of the power iteration; {} for none.
+            carry: vectors of the power iteration, or running statistics; {} for none.
             config: the run's configuration.
 
         Returns:
@@ -754,7 +763,10 @@ class Backend:
         beta = self._arrays(np.asarray(hyper["beta"], np.float64))
 
         def loss(trained):
-            return steps.stage_loss(stage, state.frozen | trained, batch, noise, state.carry, beta, config)[0]
+            params = state.frozen | trained
+            if stage == "cvae":
+                return players_loss(params, batch, noise, state.carry, config=config, beta=beta)[0]
+            return steps.stage_loss(stage, params, batch, noise, state.carry, beta, config)[0]
 
         return state, loss
 

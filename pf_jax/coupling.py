@@ -12,39 +12,44 @@ import jax.numpy as jnp
 __all__ = ["entropic_plan"]
 
 # Largest sum of absolute errors of the marginals. In float32 a plan is exp of potentials of some ten times the cost.
-THRESHOLD = {"float64": 1e-9, "float32": 1e-5}
+THRESHOLD = {"float64": 1e-11, "float32": 1e-5}
 ITERATIONS = 200_000
 
 
 def entropic_plan(x: Any, y: Any, *, epsilon: float, unbalanced: float = 0.0) -> jax.Array:
-    """Entropic optimal-transport plan between two sets of cells of equal weights.
+    """Entropic optimal-transport plan between cells, of uniform marginals, under the squared distance.
 
-    Nothing is differentiated. With C the squared Euclidean distance divided by its mean, the plan u exp(-C / epsilon) v
-    is the minimum of <P, C> + epsilon sum P (log P - 1) under marginals 1/n and 1/m; or, unbalanced, with the penalty
-    unbalanced (KL(P 1 | 1/n) + KL(P' 1 | 1/m)) in their place, so that cells can grow and die. Source: Cuturi 2013,
-    arXiv:1306.0895; Chizat et al. 2018, arXiv:1607.05816.
+    With C the squared Euclidean distances divided by their mean, the plan is P = u exp(-C / epsilon) v. Balanced, it
+    has row sums 1 / n and column sums 1 / m. Unbalanced, it minimises sum P C + epsilon sum P (log P - 1)
+    + unbalanced [KL(P 1, 1/n) + KL(P^T 1, 1/m)], so that cells may gain and lose mass. Computed with logarithms of
+    u and v, in float64 where the framework has it on. Nothing is differentiated. Source: Cuturi 2013, arXiv:1306.0895;
+    Chizat et al. 2018, arXiv:1607.05816.
 
     Args:
-        x: (n, n_latent).
-        y: (m, n_latent).
-        epsilon: regularisation, in units of the mean cost.
+        x: (n, n_latent) cells on one side.
+        y: (m, n_latent) cells on the other.
+        epsilon: strength of the entropy, in units of the mean cost.
         unbalanced: strength of the marginals, in units of the mean cost; 0 holds them exactly.
 
     Returns:
-        (n, m) plan, dtype of x.
+        (n, m) plan, >= 0.
 
     Raises:
-        ValueError: shapes that do not fit, an epsilon that is not above 0, a negative strength, values that are not
-            finite, or no convergence.
-        ImportError: without the extra "flow".
+        ValueError: shapes that do not fit, no cells on one side, an epsilon that is not above 0, or an unbalanced below
+            0.
+        RuntimeError: the iteration did not converge.
+        ImportError: without the extra that brings the solver.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    dtype = jax.dtypes.canonicalize_dtype("float64")
+    x, y = jnp.asarray(x, dtype), jnp.asarray(y, dtype)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or not (x.size and y.size):
         raise ValueError(f"x and y have shapes {x.shape} and {y.shape}; (n, n_latent) and (m, n_latent) were wanted")
-    if not (epsilon > 0 and unbalanced >= 0):
-        raise ValueError(f"epsilon is {epsilon} and unbalanced {unbalanced}; above 0 and at least 0 were wanted")
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ValueError(f"epsilon is {epsilon!r}; a number above 0 was wanted: for an exact plan use coupling 'exact'")
+    if not (math.isfinite(unbalanced) and unbalanced >= 0):
+        raise ValueError(f"unbalanced is {unbalanced!r}; a finite number of at least 0 was wanted")
     if not bool(jnp.isfinite(x).all() & jnp.isfinite(y).all()):
-        raise ValueError("x or y has values that are not finite; look at the latents they come from")
+        raise ValueError("x or y is not finite; finite latents were wanted")
     try:
         import ott  # noqa: F401
     except ImportError as error:
@@ -52,7 +57,10 @@ def entropic_plan(x: Any, y: Any, *, epsilon: float, unbalanced: float = 0.0) ->
     tau = unbalanced / (unbalanced + epsilon) if unbalanced else 1.0
     plan, converged = _sinkhorn(x, y, float(epsilon), tau)
     if not bool(converged):
-        raise ValueError(f"no plan within {ITERATIONS} iterations at epsilon {epsilon}; a larger epsilon was wanted")
+        raise RuntimeError(
+            f"the entropic plan did not converge in {ITERATIONS} rounds; raise epsilon, which is {epsilon}, "
+            "or use coupling 'exact'"
+        )
     return plan
 
 

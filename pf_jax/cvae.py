@@ -30,23 +30,24 @@ def batch_norm(
     weight: jax.Array | None = None,
     train: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Batch normalisation over cells, with weights and running statistics.
+    """Every column to mean 0 and variance 1 over the cells, then scaled and shifted.
 
-    Differentiated in x, scale and shift; in training also through the batch's mean and variance. Running statistics
-    carry no gradient. With S = sum w and n = S^2 / sum w^2, the variance that normalises is sum w (x - mean)^2 / S, and
-    the one that enters the running variance is n / (n - 1) times that. Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
+    In training with the weighted mean and biased variance of these cells, through which gradients flow; the running
+    statistics move towards them by BATCH_NORM_MOMENTUM, the variance as an unbiased one, times n / (n - 1) with
+    n = (sum w)^2 / sum w^2. In evaluation with the running statistics. Differentiated in x, scale and shift; running
+    statistics, old and new, carry no gradient. Source: Ioffe & Szegedy 2015, arXiv:1502.03167.
 
     Args:
-        x: (n_cells, n_features).
-        scale: (n_features,).
-        shift: (n_features,).
-        mean: (n_features,) running mean.
-        var: (n_features,) running variance.
-        weight: (n_cells,) >= 0, 0 for padding; None for ones.
-        train: normalise by the batch and update the running statistics, or normalise by these.
+        x: (n_cells, n) values.
+        scale: (n,) factor.
+        shift: (n,) summand.
+        mean: (n,) running mean.
+        var: (n,) running variance.
+        weight: (n_cells,) >= 0, 0 for padding; None for ones. Used in training only.
+        train: whether the statistics are those of x.
 
     Returns:
-        y (n_cells, n_features), and the running mean and variance afterwards, as they came unless train.
+        y (n_cells, n), and the running mean and variance after it, each (n,); unchanged in evaluation.
 
     Raises:
         ValueError: fewer than 2 cells in training.
@@ -83,12 +84,12 @@ class _Norm(nnx.Module):
 
 
 class ConditionalEncoder(nnx.Module):
-    """Counts and tissue to the posterior's mean and log variance, through two blocks with batch norm.
+    """Counts and tissue to the posterior's mean and log variance, by two layers with batch norm.
 
     Args:
-        params: `block1` (n_genes + n_tissues, n_hidden) and `block2` (n_hidden, n_hidden), each with `weight`; `norm1`
-            and `norm2`, each with `scale` and `shift` (n_hidden,); `mean` and `logvar` (n_hidden, n_latent), each with
-            `weight` and `bias`.
+        params: `block1.weight` (n_genes + n_tissues, n_hidden) and `block2.weight` (n_hidden, n_hidden), without bias;
+            `norm1` and `norm2`, each with `scale` and `shift` (n_hidden,); `mean` and `logvar` (n_hidden, n_latent),
+            each with `weight` and `bias`.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -108,22 +109,23 @@ class ConditionalEncoder(nnx.Module):
         weight: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Posterior mean and unclipped log variance, and the running statistics afterwards.
+        """Posterior mean, unclipped log variance, and the running statistics.
 
-        Differentiated in the parameters and in x; the statistics carry no gradient.
+        Differentiated in the parameters and in x, in training through the statistics of the batch too; running
+        statistics carry no gradient.
 
         Args:
             x: (n_cells, n_genes) counts.
             tissue: (n_cells,) index into the tissues.
-            statistics: "norm1.mean", "norm1.var", "norm2.mean", "norm2.var", each (n_hidden,).
-            weight: (n_cells,) >= 0, 0 for padding; None for ones. Used in training.
-            train: normalise by the batch, or by the running statistics.
+            statistics: running "norm1.mean", "norm1.var", "norm2.mean" and "norm2.var", each (n_hidden,).
+            weight: (n_cells,) of the cells in the batch's statistics, 0 for padding; None for ones.
+            train: whether the norms take the statistics of the batch and move the running ones.
 
         Returns:
-            z_mu and z_logvar, each (n_cells, n_latent), and the statistics, as they came unless train.
+            z_mu and z_logvar, each (n_cells, n_latent), and the running statistics afterwards, named as before.
 
         Raises:
-            ValueError: another number of genes than the model has, or fewer than 2 cells in training.
+            ValueError: more genes than the model has, or fewer than 2 cells in training.
         """
         n_rows = self.block1.weight.shape[0]
         if x.ndim != 2 or x.shape[1] >= n_rows:
@@ -157,7 +159,7 @@ class ConditionalDecoder(nnx.Module):
         self.log_r = nnx.Param(jnp.asarray(params["log_r"]))
 
     def __call__(self, z: jax.Array, tissue: jax.Array, library: jax.Array) -> jax.Array:
-        """Mean counts, library * softmax(.) + MU_FLOOR.
+        """Mean counts.
 
         Differentiated in the parameters, z and library.
 
@@ -167,10 +169,10 @@ class ConditionalDecoder(nnx.Module):
             library: (n_cells,) total counts.
 
         Returns:
-            (n_cells, n_genes) mean counts.
+            (n_cells, n_genes) mean counts, library * softmax(.) + MU_FLOOR.
 
         Raises:
-            ValueError: another number of latents than the model has.
+            ValueError: more latents than the model has.
         """
         n_rows = self.block1.weight.shape[0]
         if z.ndim != 2 or z.shape[1] >= n_rows:
@@ -183,10 +185,11 @@ class ConditionalDecoder(nnx.Module):
 
 
 class CVAE(nnx.Module):
-    """The conditional NB-VAE: tissue enters both encoder and decoder as a one-hot code.
+    """The conditional negative-binomial VAE, tissue as a one-hot code on both sides (docs/math.md 7).
 
     Args:
-        params: canonical parameters below "cvae.", with that prefix cut off; running statistics among them are ignored.
+        params: canonical parameters below "cvae.", with that prefix cut off. NumPy arrays become trainable parameters
+            of the module; in a functional step the gradients reach whoever made the arrays.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -202,19 +205,20 @@ class CVAE(nnx.Module):
         weight: jax.Array | None = None,
         train: bool = False,
     ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        """Posterior mean and unclipped log variance, and the running statistics afterwards.
+        """Posterior mean, unclipped log variance, and the running statistics.
 
-        Differentiated in the parameters and in x; the statistics carry no gradient.
+        Differentiated in the parameters and in x, in training through the statistics of the batch too; running
+        statistics carry no gradient.
 
         Args:
             x: (n_cells, n_genes) counts.
             tissue: (n_cells,) index into the tissues.
-            statistics: "norm1.mean", "norm1.var", "norm2.mean", "norm2.var", each (n_hidden,).
-            weight: (n_cells,) >= 0, 0 for padding; None for ones. Used in training.
-            train: normalise by the batch, or by the running statistics.
+            statistics: running "norm1.mean", "norm1.var", "norm2.mean" and "norm2.var", each (n_hidden,).
+            weight: (n_cells,) of the cells in the batch's statistics, 0 for padding; None for ones.
+            train: whether the norms take the statistics of the batch and move the running ones.
 
         Returns:
-            z_mu and z_logvar, each (n_cells, n_latent), and the statistics, as they came unless train.
+            z_mu and z_logvar, each (n_cells, n_latent), and the running statistics afterwards, named as before.
 
         Raises:
             ValueError: another number of genes than the model has, or fewer than 2 cells in training.
@@ -228,7 +232,7 @@ class CVAE(nnx.Module):
         return self.encoder(x, tissue, statistics, weight=weight, train=train)
 
     def decode(self, z: jax.Array, tissue: jax.Array, library: jax.Array) -> jax.Array:
-        """Mean counts, library * softmax(.) + MU_FLOOR.
+        """Mean counts.
 
         Differentiated in the parameters, z and library.
 
@@ -238,7 +242,7 @@ class CVAE(nnx.Module):
             library: (n_cells,) total counts.
 
         Returns:
-            (n_cells, n_genes) mean counts.
+            (n_cells, n_genes) mean counts, library * softmax(.) + MU_FLOOR.
 
         Raises:
             ValueError: another number of latents than the model has.
@@ -254,7 +258,7 @@ class CVAE(nnx.Module):
         Differentiated in log_r.
 
         Args:
-            tissue: (n_cells,) index into the tissues; not used, every tissue has the same.
+            tissue: (n_cells,) index into the tissues; not used, r is one per gene.
 
         Returns:
             (n_genes,).
@@ -274,20 +278,20 @@ class CVAE(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
         """Encode, sample, decode.
 
-        Differentiated in the parameters, x, library and eps; the statistics carry no gradient.
+        Differentiated in the parameters, x, library and eps; running statistics carry no gradient.
 
         Args:
             x: (n_cells, n_genes) counts.
             tissue: (n_cells,) index into the tissues.
             library: (n_cells,) total counts.
             eps: (n_cells, n_latent) standard normal draws of the caller.
-            statistics: "norm1.mean", "norm1.var", "norm2.mean", "norm2.var", each (n_hidden,).
-            weight: (n_cells,) >= 0, 0 for padding; None for ones. Used in training.
-            train: normalise by the batch, or by the running statistics.
+            statistics: running statistics as for `encode`.
+            weight: (n_cells,) of the cells in the batch's statistics, 0 for padding; None for ones.
+            train: whether the norms take the statistics of the batch and move the running ones.
 
         Returns:
-            mu (n_cells, n_genes), r (n_genes,), z_mu, z_logvar and z (n_cells, n_latent), and the statistics
-            afterwards.
+            mu (n_cells, n_genes), r (n_genes,), z_mu, z_logvar and the sample z, each (n_cells, n_latent), and the
+            running statistics afterwards.
 
         Raises:
             ValueError: another number of genes than the model has, or fewer than 2 cells in training.

@@ -17,11 +17,10 @@ __all__ = ["Discriminator", "adversary_loss", "cross_entropy"]
 
 
 class Discriminator(nnx.Module):
-    """Latents to logits of the known tissues.
+    """Latents to one logit per known tissue.
 
     Args:
-        params: `hidden1` (n_latent, n_hidden), `hidden2` (n_hidden, n_hidden) and `out` (n_hidden, n_classes), each
-            with `weight` and `bias`.
+        params: `hidden1` (n_latent, n), `hidden2` (n, n) and `out` (n, n_classes), each with `weight` and `bias`.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -37,21 +36,21 @@ class Discriminator(nnx.Module):
         *,
         dropout: float = 0.0,
     ) -> jax.Array:
-        """Logits; class k is tissue k + 1, since tissue 0 is "unknown".
+        """Logits.
 
-        Differentiated in the parameters and z. After a hidden layer with a mask: h keep / (1 - dropout).
+        Differentiated in the parameters and z; the masks are data.
 
         Args:
             z: (n_cells, n_latent) latents.
-            keep1: (n_cells, n_hidden) 1 where a unit is kept and 0 where it is dropped; None for no dropout.
-            keep2: the same of the second layer.
-            dropout: share of units dropped, in [0, 1).
+            keep1: (n_cells, n) 1 where a unit of the first hidden layer is kept, 0 where not; None keeps all.
+            keep2: (n_cells, n) the same for the second.
+            dropout: share of units left out; what is kept is divided by 1 - dropout where there is a mask.
 
         Returns:
-            (n_cells, n_classes).
+            (n_cells, n_classes), class k for tissue k + 1.
 
         Raises:
-            ValueError: latents or masks of another shape, or a share outside [0, 1).
+            ValueError: another number of latents than the model has, or a dropout outside [0, 1).
         """
         n_latent, n_hidden = self.hidden1.weight.shape
         if z.ndim != 2 or z.shape[1] != n_latent:
@@ -65,18 +64,17 @@ class Discriminator(nnx.Module):
                 if keep.shape != h.shape:
                     raise ValueError(f"keep{number} has shape {keep.shape}; {(z.shape[0], n_hidden)} was wanted")
                 h = h * (keep.astype(h.dtype) / (1.0 - dropout))
-            h = record(f"discriminator.hidden{number}", h)
         return record("discriminator.logits", self.out(h))
 
 
 def cross_entropy(logits: jax.Array, tissue: jax.Array, weight: jax.Array) -> jax.Array:
-    """Cross-entropy with the true tissue, weighted mean over cells of known tissue.
+    """Weighted mean of -log softmax(logits)[tissue - 1] over the cells of known tissue.
 
-    Differentiated in logits.
+    Differentiated in logits; cells of tissue 0, "unknown", have no part in it.
 
     Args:
-        logits: (n_cells, n_classes), class k for tissue k + 1.
-        tissue: (n_cells,) index; cells of tissue 0, "unknown", have no part in it.
+        logits: (n_cells, n_classes).
+        tissue: (n_cells,) index into the tissues, at most n_classes.
         weight: (n_cells,) >= 0, 0 for padding.
 
     Returns:
@@ -88,22 +86,21 @@ def cross_entropy(logits: jax.Array, tissue: jax.Array, weight: jax.Array) -> ja
 
 
 def adversary_loss(logits: jax.Array, tissue: jax.Array, weight: jax.Array, *, kind: str) -> jax.Array:
-    """What the encoder adds to its loss so that the discriminator learns nothing from the latents.
+    """What the encoder lowers so that the discriminator is left guessing.
 
-    Differentiated in logits. "entropy": minus the mean entropy of softmax(logits); "minimax": minus the cross-entropy
-    with the true tissue. Means are weighted, over cells of known tissue.
+    Differentiated in logits; cells of tissue 0, "unknown", have no part in it.
 
     Args:
-        logits: (n_cells, n_classes), class k for tissue k + 1.
-        tissue: (n_cells,) index; cells of tissue 0, "unknown", have no part in it.
+        logits: (n_cells, n_classes).
+        tissue: (n_cells,) index into the tissues, at most n_classes.
         weight: (n_cells,) >= 0, 0 for padding.
-        kind: "entropy" or "minimax".
+        kind: "entropy" for minus the mean entropy of softmax(logits), "minimax" for minus the cross-entropy.
 
     Returns:
         () nats per cell; 0 where no cell has a known tissue.
 
     Raises:
-        ValueError: another kind.
+        ValueError: an unknown kind.
     """
     if kind == "minimax":
         return -cross_entropy(logits, tissue, weight)

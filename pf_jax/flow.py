@@ -28,23 +28,23 @@ def gatv2(
     target: jax.Array,
     edge: jax.Array,
 ) -> jax.Array:
-    """Graph attention: every gene takes a mean of its sources, weighted by attention.
+    """Attention of every gene over the edges into it.
 
-    Differentiated in left, right, attention and edge. The score of an edge j -> i is
-    attention . leaky_relu(left_j + right_i + edge_ji), its weight the softmax over the edges into i, with the largest
-    score of i taken off under stop-gradient and ATTENTION_EPS in the denominator. Source: Brody et al. 2022,
+    An edge j -> i has the score a . leaky_relu(left_j + right_i + edge), per head. Differentiated in left, right,
+    attention and edge; the largest score of a gene is taken off under stop-gradient. Source: Brody et al. 2022,
     arXiv:2105.14491.
 
     Args:
-        left: (n_genes, n_heads, h) of the sources.
-        right: (n_genes, n_heads, h) of the targets.
-        attention: (n_heads, h).
-        source: (n_edges,) gene from which an edge comes; self loops are the caller's.
-        target: (n_edges,) gene to which it goes.
-        edge: (n_edges, n_heads, h) of the edges.
+        left: (n_genes, n_heads, h) what a gene sends.
+        right: (n_genes, n_heads, h) what it brings to the scores of the edges into it.
+        attention: (n_heads, h) the vector a of each head.
+        source: (n_edges,) index j of the gene that sends.
+        target: (n_edges,) index i of the gene that receives.
+        edge: (n_edges, n_heads, h) what the edge brings; self loops, where wanted, are among the edges.
 
     Returns:
-        (n_genes, n_heads, h); 0 for a gene that no edge goes to.
+        (n_genes, n_heads, h), the sum of left_j weighted by the softmax over the edges into i, with ATTENTION_EPS in
+        its denominator; 0 for a gene without an edge.
     """
     n_genes = left.shape[0]
     sent = left[source]
@@ -56,11 +56,11 @@ def gatv2(
 
 
 class GraphAttention(nnx.Module):
-    """A GATv2 layer over the regulatory network; signs of edges enter the scores, every gene also attends to itself.
+    """A layer of signed graph attention over a gene regulatory network.
 
     Args:
-        params: `source` (n_in, n_heads * h) with `weight`, `target` (n_in, n_heads * h) with `weight` and `bias`,
-            `edge` (1, n_heads * h) with `weight`, `attention` (n_heads, h) and `bias` (n_heads * h,).
+        params: `source.weight` (n, n_heads * h), `target.weight` (n, n_heads * h) and `target.bias`, `edge.weight`
+            (1, n_heads * h), `attention` (n_heads, h) and `bias` (n_heads * h,).
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -71,21 +71,18 @@ class GraphAttention(nnx.Module):
         self.bias = nnx.Param(jnp.asarray(params["bias"]))
 
     def __call__(self, x: jax.Array, source: jax.Array, target: jax.Array, sign: jax.Array) -> jax.Array:
-        """One vector per gene, heads side by side.
+        """What every gene gathers from its regulators and from itself.
 
-        Differentiated in the parameters, x and sign.
+        Differentiated in the parameters and x; the network is data. A self loop of sign 0 is added to every gene.
 
         Args:
-            x: (n_genes, n_in) embeddings of the genes.
-            source: (n_edges,) gene from which an edge comes.
-            target: (n_edges,) gene to which it goes.
-            sign: (n_edges,) sign or weight of the edge. A self loop of sign 0 is added to every gene.
+            x: (n_genes, n) embeddings.
+            source: (n_edges,) index of the regulator.
+            target: (n_edges,) index of the regulated gene.
+            sign: (n_edges,) of the regulation.
 
         Returns:
-            (n_genes, n_heads * h).
-
-        Raises:
-            ValueError: edges of different lengths.
+            (n_genes, n_heads * h), heads side by side.
         """
         if not source.shape == target.shape == sign.shape or source.ndim != 1:
             shapes = source.shape, target.shape, sign.shape
@@ -118,13 +115,14 @@ class _MLP(nnx.Module):
 
 
 class VectorField(nnx.Module):
-    """The velocity of cells in standardised latents, guided by genes that cells attend to.
+    """The velocity of latents, guided by a gene regulatory network where there is one.
 
     Args:
-        params: canonical parameters below "flow.", with that prefix cut off: `genes` (n_genes, h); `graph` as for
-            `GraphAttention`, or `graph.linear` (h, width) without a network; `query` (n_latent, width); `time.hidden`,
-            `time.out`; `condition` (n_conditions, n_condition); `head.hidden`, `head.out`. `center` and `scale`, the
-            units of the latents, are not used here.
+        params: canonical parameters below "flow.", with that prefix cut off: `genes` (n_genes, h) embeddings, `graph`
+            as for `GraphAttention` or `graph.linear` (h, n_heads * h) for no network, `query` (n_latent, n_heads * h),
+            `time.hidden` (1, n_time), `time.out` (n_time, n_time), `condition` (n_conditions, n_condition),
+            `head.hidden` (n_latent + n_heads * h + n_time + n_condition, n_hidden) and `head.out` (n_hidden, n_latent),
+            each with `weight` and `bias`. Others are not used.
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -137,44 +135,43 @@ class VectorField(nnx.Module):
         self.head = _MLP(select(params, "head"))
 
     def nodes(self, graph: Mapping[str, jax.Array]) -> jax.Array:
-        """What cells attend to: one vector per gene, the same for all cells and times.
+        """The genes as cells see them; the same for all cells and times.
 
         Differentiated in the parameters.
 
         Args:
-            graph: "source" and "target" (n_edges,), "sign" (n_edges,); {} for a model without a network.
+            graph: "source" and "target" (n_edges,), indices of genes, and "sign" (n_edges,); not used, and may be {},
+                where the model has no network.
 
         Returns:
-            (n_genes, width).
+            (n_genes, n_heads * h).
 
         Raises:
-            ValueError: a graph for a model without a network, or none for one that has it.
+            ValueError: the model has a network and none was given.
         """
         genes = self.genes[...]
         if isinstance(self.graph, GraphAttention):
-            if set(graph) != set(GRAPH):
+            if not set(GRAPH) <= set(graph):
                 raise ValueError(f"graph has {sorted(graph)} but the model has a network; {list(GRAPH)} was wanted")
             return record("flow.nodes", self.graph(genes, *(graph[name] for name in GRAPH)))
-        if graph:
-            raise ValueError(f"graph has {sorted(graph)} but the model was made without a network; give {{}}")
         return record("flow.nodes", self.graph.linear(genes))
 
     def __call__(self, times: jax.Array, z: jax.Array, condition: jax.Array, nodes: jax.Array) -> jax.Array:
-        """Velocity dz/ds.
+        """Velocity dz/ds of standardised latents.
 
         Differentiated in the parameters, times, z, condition and nodes.
 
         Args:
-            times: (n_cells,), or () for all cells.
+            times: (n_cells,) or () time s, 0 at the first and 1 at the last time point.
             z: (n_cells, n_latent) standardised latents.
-            condition: (n_cells, n_conditions) codes.
-            nodes: (n_genes, width), from `nodes`.
+            condition: (n_cells, n_conditions) code of each cell's condition: doses, then the one-hot tissue.
+            nodes: (n_genes, n_heads * h) from `nodes`.
 
         Returns:
             (n_cells, n_latent).
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: another number of latents or conditions than the model has.
         """
         n_latent, n_conditions = self.query.weight.shape[0], self.condition.weight.shape[0]
         times = jnp.asarray(times, z.dtype)
@@ -202,26 +199,23 @@ def flow_matching_loss(
     stop: float | jax.Array = 1.0,
     weight: jax.Array | None = None,
 ) -> jax.Array:
-    """Squared error of the velocity on straight lines between pairs, mean over cells and dimensions.
+    """Squared difference of the velocity and the displacement of pairs, at a point on the straight line between them.
 
-    Differentiated in whatever the velocity depends on, and in z0 and z1. With psi = (1 - tau) z0 + tau z1 and
-    s = start + tau (stop - start): ((stop - start) velocity(s, psi) - (z1 - z0))^2. Source: Lipman et al. 2023,
-    arXiv:2210.02747; Tong et al. 2024, arXiv:2302.00482.
+    With psi = (1 - tau) z0 + tau z1 and s = start + tau (stop - start), the mean over dimensions and the weighted mean
+    over cells of ((stop - start) velocity(s, psi) - (z1 - z0))^2. Differentiated in all but the weight. Source: Lipman
+    et al. 2023, arXiv:2210.02747; Tong et al. 2024, arXiv:2302.00482.
 
     Args:
         velocity: (s (n_cells,), z (n_cells, n_latent)) -> (n_cells, n_latent).
-        z0: (n_cells, n_latent) where pairs start.
-        z1: (n_cells, n_latent) where they end.
-        tau: (n_cells,) in [0, 1), drawn by the caller.
+        z0: (n_cells, n_latent) first of each pair.
+        z1: (n_cells, n_latent) second of each pair.
+        tau: (n_cells,) place between them, in [0, 1).
         start: () or (n_cells,) time of z0.
         stop: () or (n_cells,) time of z1.
-        weight: (n_cells,) >= 0, for weighted means over cells; None for plain means.
+        weight: (n_cells,) >= 0, for weighted means sum(w f) / sum(w); None for the plain mean.
 
     Returns:
-        () loss.
-
-    Raises:
-        ValueError: shapes that do not fit.
+        ().
     """
     if z0.ndim != 2 or z0.shape != z1.shape or tau.shape != z0.shape[:1]:
         raise ValueError(

@@ -27,20 +27,22 @@ ENCODER = "cvae.encoder"
 def discriminator_loss(
     params: Mapping[str, Any], batch: Arrays, noise: Arrays, carry: Arrays, *, config: Config
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-    """Cross-entropy of the discriminator on sampled latents, the loss of the first player of stage "cvae".
+    """Cross-entropy of the discriminator on sampled latents: what player 1 of stage "cvae" lowers.
 
-    Differentiated in the parameters below "discriminator."; the latents are under stop-gradient, and the parts carry
-    no gradient. The encoder normalises by the batch, dropout is on.
+    Differentiated in the parameters below "discriminator."; the latents, of an encoder in training mode, are under
+    stop-gradient, and the parts carry no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: as for `cvae_loss`.
-        noise: as for `cvae_loss`, with keep1 and keep2 (n_cells, n_hidden of the discriminator), 1 for kept units.
-        carry: running statistics by canonical name.
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        noise: eps (n_cells, n_latent), and keep1 and keep2 (n_cells, n_hidden), 1 for units of the discriminator that
+            are kept and 0 for those that are left out.
+        carry: running statistics by canonical name, "cvae.encoder.norm1.mean" and so on.
         config: the run's configuration.
 
     Returns:
-        loss (), nats per cell, and (parts {"discriminator", "accuracy"}, carry as it came).
+        loss (), nats per cell, and (parts {"discriminator", "accuracy"}, carry as it came). Both parts are means over
+        the cells of known tissue.
     """
     return _discriminator_loss(params, batch, noise, carry, config=config, train=True)
 
@@ -69,22 +71,23 @@ def cvae_loss(
     beta: float | jax.Array,
     train: bool = True,
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-    """Negative ELBO of the conditional NB-VAE plus the adversary, the loss of the second player of stage "cvae".
+    """Negative ELBO of the conditional VAE plus the adversary: what player 2 of stage "cvae" lowers.
 
-    Differentiated in the parameters below "cvae."; those of the discriminator are under stop-gradient, its dropout is
-    off, and parts and carry have no gradient.
+    Differentiated in the parameters below "cvae."; those of the discriminator are under stop-gradient, and parts and
+    carry have no gradient. Without dropout.
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        batch: as for `discriminator_loss`.
         noise: eps (n_cells, n_latent).
-        carry: running statistics by canonical name, "cvae.encoder.norm1.mean" and so on.
+        carry: running statistics by canonical name.
         config: the run's configuration.
         beta: weight of the KL divergence.
-        train: normalise by the batch and update the running statistics, or normalise by these.
+        train: whether the norms take the statistics of the batch and move the running ones.
 
     Returns:
-        loss (), nats per cell, and (parts {"nll", "kl", "adversary"}, carry), the parts before their weights.
+        loss (), nats per cell, and (parts {"nll", "kl", "adversary"}, carry), the parts before their weights, the carry
+        with the running statistics afterwards.
     """
     counts, tissue, weight = batch["counts"], batch["tissue"], batch["weight"]
     mu, r, z_mu, z_logvar, z, statistics = CVAE(select(params, "cvae"))(
@@ -108,20 +111,21 @@ def players_loss(params, batch, noise, carry, *, config: Config, beta, train: bo
 def flow_loss(
     params: Mapping[str, Any], batch: Arrays, noise: Arrays, *, config: Config
 ) -> tuple[jax.Array, tuple[Arrays, Arrays]]:
-    """Flow-matching loss of the vector field on pairs of latents, the loss of stage "flow".
+    """Flow matching of pairs, the loss of stage "flow".
 
-    Differentiated in the parameters below "flow."; the parts carry no gradient.
+    Differentiated in the parameters below "flow." but for "flow.center" and "flow.scale", which it does not use; the
+    parts carry no gradient.
 
     Args:
         params: all canonical parameters.
-        batch: z0 and z1 (n_cells, n_latent) standardised latents, condition (n_cells, n_conditions), start and stop
-            (n_cells,) times, weight (n_cells,), 0 for padding; and source, target and sign (n_edges,) of the network
-            where the model has one.
+        batch: standardised z0 and z1 (n_cells, n_latent), condition (n_cells, n_conditions), start and stop (n_cells,),
+            weight (n_cells,), 0 for padding; with a network source, target and sign (n_edges,).
         noise: tau (n_cells,) in [0, 1).
         config: the run's configuration.
 
     Returns:
-        loss () and (parts {"displacement"}, carry {}); displacement is the loss of a field that is 0.
+        loss () and (parts {"displacement"}, carry {}). The displacement is the mean of (z1 - z0)^2, the loss of a
+        velocity that is 0.
     """
     z0, z1, weight = batch["z0"], batch["z1"], batch["weight"]
     field = VectorField(select(params, "flow"))
@@ -139,25 +143,24 @@ def flow_loss(
 
 
 def cvae_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *, config: Config):
-    """One alternating step of stage "cvae": the discriminator, then encoder and decoder against it as just updated.
+    """One step of stage "cvae": the discriminator, then encoder and decoder against it as just updated.
 
-    Not meant to be differentiated. Parameters below "discriminator." are the first player's, all others the second's.
-    Each player has its own gradient, norm and clip; both share Adam's count. A player without trained parameters is not
-    updated, and without the second the running statistics stay. When a loss, a gradient norm or anything new is not
-    finite, the state is returned as it came and metrics["ok"] is False.
+    Each player has its own gradient, clip and AdamW; both share the count. Player 1 trains the names that begin with
+    "discriminator.", player 2 the others; a player without trained names is left out, and the running statistics move
+    with player 2 only. Not meant to be differentiated. When a loss, the gradient norm or anything new is not finite,
+    the state is returned as it came and metrics["ok"] is False.
 
     Args:
-        state: the run; it is not changed.
-        batch: as for `cvae_loss`, with a leading axis of micro-batches, over which gradients and losses are averaged
-            per player; the running statistics pass through them one after the other.
-        noise: as for `discriminator_loss`, the same.
+        state: the run, its carry the running statistics by canonical name; it is not changed.
+        batch: as for `discriminator_loss`, with a leading axis of micro-batches, over which gradients and losses are
+            averaged; the running statistics pass through them in turn.
+        noise: the same.
         hyper: {"lr": (), "beta": ()}.
         config: the run's configuration; `stage_cvae` holds max_norm and weight_decay.
 
     Returns:
-        state, and metrics {"loss", "grad_norm", "ok", "parts", "param_grad_norm"}: the second player's loss, the norm
-        over both players' gradients before clipping, the parts of both, and the norms before clipping of the trained
-        parameters, sorted by name.
+        state, and metrics {"loss" of player 2, "grad_norm" of both players together, "ok", "parts" of both,
+        "param_grad_norm"}; the last holds the norms before clipping of the trained parameters, sorted by name.
     """
     from pf_jax.steps import one_step  # steps.py is made of the losses above
 
@@ -172,8 +175,7 @@ def flow_step(state: TrainState, batch: Arrays, noise: Arrays, hyper: Arrays, *,
 
     Args:
         state: the run; it is not changed.
-        batch: as for `flow_loss`, with a leading axis of micro-batches, over which gradients and losses are
-            averaged.
+        batch: as for `flow_loss`, with a leading axis of micro-batches, over which gradients and losses are averaged.
         noise: the same.
         hyper: {"lr": (), "beta": ()}.
         config: the run's configuration; `stage_flow` holds max_norm and weight_decay.

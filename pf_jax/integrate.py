@@ -30,27 +30,26 @@ def integrate(
     rtol: float = 1e-5,
     atol: float = 1e-6,
 ) -> jax.Array:
-    """Solve dz/ds = velocity(s, z) from z at the first time, and return z at every time.
+    """Solve dz/ds = velocity(s, z) from z at the first time.
 
-    Differentiated in z and in whatever the velocity depends on. "rk4" is the classical Runge-Kutta method with equal
-    steps and has derivatives of any kind and order; "dopri5" chooses its steps by the error over all cells and has
-    first derivatives in reverse mode.
+    Differentiated in z and in whatever velocity is made of. With "rk4" both frameworks do the same arithmetic; with
+    "dopri5" (Dormand & Prince 1980) each has its own step control.
 
     Args:
         velocity: (s (), z (n_cells, n_latent)) -> (n_cells, n_latent).
-        z: (n_cells, n_latent) at times[0].
-        times: (n_times,) strictly rising or strictly falling; one that falls is the way back.
-        method: "rk4" or "dopri5"; the second needs the extra "flow".
-        n_steps: of "rk4", between two neighbouring times.
-        rtol: of "dopri5".
-        atol: of "dopri5".
+        z: (n_cells, n_latent) where it begins.
+        times: (n_times,) strictly rising, or strictly falling for the way back.
+        method: "rk4", classical Runge-Kutta of fixed steps, or "dopri5".
+        n_steps: equal steps of "rk4" between neighbouring times.
+        rtol: relative tolerance of "dopri5".
+        atol: absolute tolerance of "dopri5".
 
     Returns:
-        (n_times, n_cells, n_latent), the first z itself.
+        (n_times, n_cells, n_latent); the first are z itself.
 
     Raises:
-        ValueError: times that are not strictly monotonic, fewer than 1 step, or an unknown method.
-        ImportError: "dopri5" without its package.
+        ValueError: an unknown method, times that are not strictly monotonic, or n_steps below 1.
+        ImportError: "dopri5" without the extra that brings its solver.
     """
     check_request(times, method, n_steps)
     times = jnp.asarray(times, z.dtype)

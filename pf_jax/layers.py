@@ -23,9 +23,9 @@ def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
-    """x where x > 0, else LEAKY_SLOPE x; the derivative at 0 is LEAKY_SLOPE.
+    """x where x > 0, else LEAKY_SLOPE x.
 
-    Differentiated in x.
+    Differentiated in x: 1 above 0, LEAKY_SLOPE below 0 and at it.
 
     Args:
         x: (...) values.
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
     """A dense layer `x @ weight + bias`, weight (in, out).
 
     Args:
-        params: `weight` (n_in, n_out) and `bias` (n_out,).
+        params: `weight` (n_in, n_out), and `bias` (n_out,) where the layer has one.
     """
 
     def __init__(self, params: Mapping[str, Any]):

@@ -50,8 +50,8 @@ class TrainState(NamedTuple):
     """Everything a step reads and writes, keyed by canonical names.
 
     params are the trained parameters and frozen the others; m and v are Adam's moments, shaped as params, and count its
-    updates so far; carry holds the vectors of the power iteration, {"v": (n_slots, n_latent)} or
-    {"v_bases": (n_tissues + n_bases, n_latent)}, the running statistics of stage "cvae" by canonical name, or {}.
+    updates so far; carry holds the vectors of the power iteration: {"v": (n_slots, n_latent)},
+    {"v_bases": (n_tissues + n_bases, n_latent)} or {}; in stage "cvae" the running statistics by canonical name.
     """
 
     params: Arrays
@@ -80,7 +80,7 @@ def init_state(
         m: first moments by name; None for zeros.
         v: second moments by name; None for zeros.
         count: updates done so far.
-        carry: vectors of the power iteration, see `operator_loss`; None for none.
+        carry: what passes from step to step, see `TrainState`; None for none.
         dtype: "float32" or "float64", of every array.
 
     Returns:
@@ -332,28 +332,19 @@ def _grouped(function: Callable, x: jax.Array, tissue: jax.Array) -> Any:
 # --- steps -------------------------------------------------------------------------------------------------------
 
 
-def stage_loss(stage: str, params, batch, noise, carry, beta, config: Config, *, train: bool = True):
-    """loss, (parts, carry) of one micro-batch of a stage; stages without a carry hand it through."""
+def stage_loss(stage: str, params, batch, noise, carry, beta, config: Config):
+    """loss, (parts, carry) of one micro-batch of a stage, of "cvae" that of player 2; unused carry passes through."""
     if stage == "operator":
         return operator_loss(params, batch, noise, carry, config=config)
     if stage == "joint":
         return joint_loss(params, batch, noise, carry, config=config, beta=beta)
     if stage == "cvae":
-        return players_loss(params, batch, noise, carry, config=config, beta=beta, train=train)
+        return cvae_loss(params, batch, noise, carry, config=config, beta=beta)
     if stage == "flow":
         loss, (parts, _) = flow_loss(params, batch, noise, config=config)
     else:
         loss, (parts, _) = vae_loss(params, batch, noise, config=config, beta=beta)
     return loss, (parts, carry)
-
-
-def _turn_loss(stage: str, turn: str | None, params, batch, noise, carry, beta, config: Config):
-    """The loss of one player of stage "cvae", or that of a stage with one player."""
-    if turn == _RIVAL:
-        return discriminator_loss(params, batch, noise, carry, config=config)
-    if stage == "cvae":
-        return cvae_loss(params, batch, noise, carry, config=config, beta=beta)
-    return stage_loss(stage, params, batch, noise, carry, beta, config)
 
 
 def _player(name: str) -> str:
@@ -411,7 +402,10 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
         own = {name: value for name, value in trained.items() if turn in (None, _player(name))}
 
         def loss(own, carry, micro_batch, micro_noise, turn=turn, trained=trained):
-            return _turn_loss(stage, turn, like.frozen | trained | own, micro_batch, micro_noise, carry, beta, config)
+            params = like.frozen | trained | own
+            if turn == _RIVAL:
+                return discriminator_loss(params, micro_batch, micro_noise, carry, config=config)
+            return stage_loss(stage, params, micro_batch, micro_noise, carry, beta, config)
 
         def accumulate(totals, micro, loss=loss, own=own):
             carry, sums = totals
@@ -460,7 +454,10 @@ def _many_steps(stage: str, state: TrainState, batches, noises, hypers, config: 
 @partial(jax.jit, static_argnames=("stage", "config"))
 def _evaluate(stage: str, state: TrainState, batch, noise, beta, config: Config):
     params = state.frozen | state.params
-    loss, (parts, _) = stage_loss(stage, params, batch, noise, state.carry, beta, config, train=False)
+    if stage == "cvae":
+        loss, (parts, _) = players_loss(params, batch, noise, state.carry, config=config, beta=beta, train=False)
+    else:
+        loss, (parts, _) = stage_loss(stage, params, batch, noise, state.carry, beta, config)
     return parts | {"loss": loss}
 
 
@@ -533,7 +530,7 @@ def run_steps(stage: Stage, state: TrainState, batches: Arrays, noises: Arrays, 
     Not meant to be differentiated. The state that is passed in is used up: in JAX its memory holds the result.
 
     Args:
-        stage: "vae", "operator", "joint", "cvae" or "flow".
+        stage: a name of `pf_core.backends.STAGES`.
         state: the run.
         batches: as for the single step, with a leading axis of steps before that of the micro-batches.
         noises: the same.
@@ -558,7 +555,7 @@ def evaluate(
     Nothing is differentiated.
 
     Args:
-        stage: "vae", "operator", "joint", "cvae" or "flow".
+        stage: a name of `pf_core.backends.STAGES`.
         state: the run.
         batch: as for the stage's loss, without an axis of micro-batches.
         noise: the same.
@@ -577,6 +574,6 @@ def evaluate(
 
 
 def check_stage(stage: str) -> None:
-    """Raise ValueError unless the stage is one of those of `Stage`."""
+    """Raise ValueError unless the stage is one of `pf_core.backends.STAGES`."""
     if stage not in get_args(Stage):
-        raise ValueError(f"stage is {stage!r}; 'vae', 'operator', 'joint', 'cvae' or 'flow' was wanted")
+        raise ValueError(f"stage is {stage!r}; one of {', '.join(map(repr, get_args(Stage)))} was wanted")

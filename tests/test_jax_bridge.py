@@ -254,8 +254,8 @@ def test_backend_refuses_unknown_dtypes_devices_and_stages():
     with pytest.raises(ValueError, match="device is 'abacus'"):
         bridge.Backend(device="abacus")
     config, backend, params, state = backend_and_state("vae")
-    with pytest.raises(ValueError, match="'vae', 'operator' or 'joint'"):
-        backend.run("flow", state, {}, {}, {}, config)
+    with pytest.raises(ValueError, match="'cvae', 'flow' was wanted"):
+        backend.run("flaw", state, {}, {}, {}, config)
     with pytest.raises(ValueError, match="are not parameters"):
         backend.init("vae", params, trainable=("vae.nothing",))
 

@@ -444,8 +444,8 @@ def test_init_state_copies_and_names_what_does_not_fit():
         steps.init_state(params, trainable=("operators.u",), m={"operators.u": np.zeros(3)})
     with jax.enable_x64(False), pytest.raises(ValueError, match="64-bit"):
         steps.init_state(params, trainable=("operators.u",), dtype="float64")
-    with pytest.raises(ValueError, match="'vae', 'operator' or 'joint'"):
-        steps.run_steps("flow", state, {}, {}, {}, config=config)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'cvae', 'flow' was wanted"):
+        steps.run_steps("flaw", state, {}, {}, {}, config=config)  # type: ignore[arg-type]
 
 
 def test_padding_groups_change_nothing():
