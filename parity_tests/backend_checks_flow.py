@@ -210,7 +210,6 @@ def flow_bad_input(twin: Twin) -> str:
     """Every misuse raises ValueError, in either twin."""
     config, backend = syn.configuration(), _backend(twin)
     params, network = _model(True)
-    plain, _ = _model(False)
     batch, cells = syn.cvae_batch(), _cells()
     array = lambda value: twin.bridge.to_backend(value, dtype="float64")
     ones = lambda *shape: array(np.ones(shape))
@@ -238,7 +237,10 @@ def flow_bad_input(twin: Twin) -> str:
         "a dropout of 1": lambda: judge()(ones(3, 5), ones(3, 7), dropout=1.0),
         "unknown adversary": lambda: twin.discriminator.adversary_loss(ones(11, 3), tissue, ones(11), kind="wgan"),
         "a field without its network": lambda: field().nodes({}),
-        "a network too many": lambda: twin.flow.VectorField(select(array(dict(plain)), "flow")).nodes(array(network)),
+        "a mask for other cells": lambda: judge()(ones(3, 5), ones(1, 7), dropout=0.5),
+        "pairs that would be repeated": lambda: twin.flow.flow_matching_loss(
+            lambda s, z: z, ones(3, 5), ones(1, 5), ones(3)
+        ),
         "edges of different lengths": lambda: field().nodes(array({**network, "sign": network["sign"][:-1]})),
         "conditions of another width": lambda: field()(ones(3), ones(3, 5), ones(3, 2), ones(13, 6)),
         "times of other cells": lambda: field()(ones(2), ones(3, 5), ones(3, 9), ones(13, 6)),

@@ -240,8 +240,6 @@ def attention() -> Iterator[Case]:
     moving = {"differentiate": (*PARAMS, "x"), "terms": 16}
     name = "flow.GraphAttention"
     yield Case("GraphAttention/network", name, layer, **moving)
-    signed: dict[str, Any] = moving | {"differentiate": (*PARAMS, "x", "sign")}
-    yield Case("GraphAttention/differentiated in the signs", name, layer, **signed)
     flipped = layer | {"sign": -network["sign"]}
     yield Case("GraphAttention/other signs", name, flipped, **moving)
     reversed_ = layer | {"source": network["target"], "target": network["source"]}

@@ -33,6 +33,7 @@ MODULES = (
     "discriminator",
     "flow",
     "integrate",
+    "coupling",
     "steps",
     "flow_steps",
     "probe",
