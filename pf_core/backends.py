@@ -120,6 +120,10 @@ class Backend(Protocol):
         """The first intermediate value or gradient that is not finite, by name; "" where all are finite."""
         ...
 
+    def entropic_plan(self, x: np.ndarray, y: np.ndarray, *, epsilon: float, unbalanced: float) -> np.ndarray:
+        """Entropic optimal-transport plan (n, m) between latents; both strengths in units of the mean cost."""
+        ...
+
     def trajectory(
         self,
         params: Mapping[str, np.ndarray],

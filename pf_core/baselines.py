@@ -26,6 +26,7 @@ import numpy as np
 from scipy import sparse
 
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
+from pf_core.kriging import Change
 from pf_core.labels import CONTROL
 from pf_core.outputs import BLOCK, Csr, Means
 
@@ -63,6 +64,7 @@ class Prediction:
     means: Means | None
     basis: str = ""
     r: float | None = None  # inverse dispersion of cells around these means; None for that of the model
+    change: Change | None = None  # of log1p of the mean profile, with its variance, where that is known
 
 
 @dataclass(frozen=True)

@@ -1,113 +1,210 @@
-"""What the decoder does not show of a known change, measured on training conditions and added to predictions.
+"""What is known of a change in other contexts, measured on training conditions and brought into predictions.
 
 A decoder with few latents blurs the change of single genes, most of all in contexts that training did not see under
-perturbation. For every training condition the change of the log1p mean profile that was observed is compared with the
-one that its operator decodes to. The difference, pooled over contexts like the mean shift of the baselines, is carried
-over to the predicted condition: prediction = decoded change there + mean of (observed - decoded) change elsewhere. With
-an operator that changes nothing this is the mean shift; what the operator knows about the context comes on top.
+perturbation. Two answers are made for the change of the log1p mean profile and averaged:
+
+1. The decoded change, and what it missed elsewhere: the difference between the observed and the decoded change of the
+   training contexts, pooled like the mean shift of the baselines. With an operator that changes nothing this is the
+   mean shift; what the operator knows about the context comes on top.
+2. The observed changes alone, carried over by kriging over the contexts' control profiles (kriging.py): contexts
+   that are more alike count for more, as far as the data say that likeness matters.
+
+The first is right in direction and too timid in size where the context is unlike the others; the errors of the second
+are of another kind. The prediction then has this mean change exactly: gene by gene, decoded means are scaled so that
+over the controls they average to the controls' own profile before, and to the predicted one after.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from pf_core.baselines import Context, Declined, Shift, Shifts, log_profile
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
+from pf_core.kriging import Change, corrected_squares, krige
 from pf_core.labels import Members, condition_label
+from pf_core.outputs import Csr
 
 MAX_CELLS = 500  # per condition, for its decoded change
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Differences between observed and decoded changes of training conditions, on log1p of profiles at 1e4."""
+class LogProfile:
+    """log1p(1e4 p) of the mean profile p of some cells, (n_genes,), and two variances of its sampling error."""
 
-    shifts: Shifts
+    value: np.ndarray
+    error: np.ndarray  # at least that of Poisson counts: no gene is known without error
+    noise: np.ndarray  # unbiased; 0 for a single cell, of which it is not known
+
+
+def measure(counts: Csr, library: np.ndarray) -> LogProfile:
+    """The log profile of cells.
+
+    The variance of a gene over the cells is taken to be at least that of Poisson counts with a mean of at least one
+    count among all of the cells: genes that happen to have no count are not known without error.
+
+    Args:
+        counts: (n_cells, n_genes) CSR.
+        library: (n_cells,) counts per cell.
+    """
+    inverse = 1.0 / np.asarray(library, np.float64)
+    n = len(inverse)
+    mean = np.asarray(counts.T @ inverse).ravel() / n
+    spread = np.asarray(counts.multiply(counts).T @ inverse**2).ravel() / n - mean**2
+    least = inverse.mean() * np.maximum(mean, inverse.mean() / n)
+    slope = (NORMALISED_TOTAL / (1.0 + NORMALISED_TOTAL * mean)) ** 2
+    return LogProfile(log_profile(mean), np.maximum(spread, least) / n * slope, spread / max(n - 1, 1) * slope)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What training contexts say of one condition in one context: both answers' parts, (n_genes,) each."""
+
+    residual: np.ndarray  # observed less decoded change
+    change: Change
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was observed of the training conditions, on log1p of profiles at 1e4."""
+
+    residuals: Shifts
+    changes: dict[str, dict[Context, Change]] = field(default_factory=dict)  # measured, with their sampling errors
+    controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
 
-    def of(self, members: Members, context: Context) -> np.ndarray | None:
-        """The correction (n_genes,) of a condition in a context (tissue, cell type).
+    def of(self, members: Members, context: Context, controls: LogProfile) -> Carried | None:
+        """What is carried over to a condition in a context (tissue, cell type) with these controls.
 
         None for a condition that training did not see: corrections of its members do not add, they share the noise of
         the same controls.
         """
-        found = self.shifts.of(condition_label(members, self.separator), context)
-        return None if isinstance(found, Declined) else found.value
+        label = condition_label(members, self.separator)
+        residual = self.residuals.of(label, context)
+        if isinstance(residual, Declined):
+            return None
+        known = self.changes[label]
+        places = [self.controls[where] for where in known]
+        squares = corrected_squares(
+            np.stack([place.value for place in (*places, controls)]),
+            np.stack([place.noise for place in (*places, controls)]),
+        )
+        if context in known:  # the same place, whichever of its cells are given
+            row = list(known).index(context)
+            squares[-1, :-1] = squares[:-1, -1] = squares[row, :-1]
+        changes, errors = (np.stack([getattr(one, part) for one in known.values()]) for part in ("mean", "variance"))
+        return Carried(residual.value, krige(changes, errors, squares))
 
 
-def apply(mu: np.ndarray, library: np.ndarray, correction: np.ndarray) -> np.ndarray:
-    """Means with a correction added to log1p of their profile, at unchanged sums.
+def levels(
+    controls: LogProfile, before: np.ndarray, after: np.ndarray, carried: Sequence[Carried | None]
+) -> tuple[np.ndarray, np.ndarray, Change | None]:
+    """Factors by which decoded means before and after are multiplied, and the predicted change with its variance.
 
     Args:
-        mu: (n_cells, n_genes) means in counts.
-        library: (n_cells,) counts per cell, by which means become profiles.
-        correction: (n_genes,) or (n_cells, n_genes).
+        controls: of the cells that are moved.
+        before, after: (n_genes,) means over these cells of decoded means divided by library.
+        carried: of every condition applied, one after the other; None where nothing is known.
+
+    Returns:
+        Factors (n_genes,) before and after, and the change; ones and None where nothing is known of any condition.
     """
-    scale = NORMALISED_TOTAL / np.asarray(library, np.float64)[:, None]
-    moved = np.maximum(np.expm1(np.log1p(scale * mu) + correction), 0.0) / scale
-    total = moved.sum(1, keepdims=True)
-    return moved * np.divide(mu.sum(1, keepdims=True), total, out=np.zeros_like(total), where=total > 0)
+    known = [one for one in carried if one is not None]
+    if not known:
+        return np.ones_like(before), np.ones_like(after), None
+    change = log_profile(after) - log_profile(before) + sum(one.residual for one in known)
+    variance = sum(one.change.variance for one in known)
+    if len(known) == len(carried):
+        change = 0.5 * change + 0.5 * sum(one.change.mean for one in known)
+    profile = np.expm1(controls.value)
+    moved = np.maximum(np.expm1(controls.value + change), 0.0)
+    moved *= np.divide(profile.sum(), moved.sum(), out=np.ones(()), where=moved.sum() > 0)
+    factors = [
+        np.divide(wanted / NORMALISED_TOTAL, decoded, out=np.ones_like(decoded), where=decoded > 0)
+        for wanted, decoded in ((profile, before), (moved, after))
+    ]
+    return factors[0], factors[1], Change(np.log1p(moved) - controls.value, np.asarray(variance))
 
 
 def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
-    """Measure the corrections of all training conditions.
+    """Measure all training conditions.
 
     Args:
         dataset: with the model's genes.
         groups: training conditions without control; batches of one condition and context are pooled.
         before, after: (n_groups, n_genes) mean decoded profiles of each group's controls, as they are and moved.
     """
-    library = dataset.library()
     decoded = log_profile(after) - log_profile(before)
-    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray]]] = {}
+    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, Change]]] = {}
+    cells: dict[Context, list[np.ndarray]] = {}
     for group, change in zip(groups, decoded, strict=True):
-        observed = _observed(dataset, library, group.cells) - _observed(dataset, library, group.controls)
+        moved, controls = _measured(dataset, group.cells), _measured(dataset, group.controls)
+        observed = Change(moved.value - controls.value, moved.error + controls.error)
         n = len(group.cells) * len(group.controls) / (len(group.cells) + len(group.controls))
-        parts.setdefault((group.label, (group.tissue, group.cell_type)), []).append((n, observed - change))
-    shifts = Shifts(())
-    for (label, context), found in parts.items():
-        n = float(sum(size for size, _ in found))
-        value = np.average([difference for _, difference in found], axis=0, weights=[size for size, _ in found])
-        shift = Shift(value, n / (n + MIN_MATCHED), "own context")
-        shifts.by_label.setdefault(label, {})[context] = shift
-    return Calibration(shifts, dataset.config.separator)
+        context = group.tissue, group.cell_type
+        parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
+        cells.setdefault(context, []).append(group.controls)
+    found = Calibration(Shifts(()), separator=dataset.config.separator)
+    for (label, context), measured in parts.items():
+        sizes = np.array([n for n, _, _ in measured])
+        shares = sizes / sizes.sum()
+        residual = shares @ np.stack([difference for _, difference, _ in measured])
+        shift = Shift(residual, float(sizes.sum() / (sizes.sum() + MIN_MATCHED)), "own context")
+        found.residuals.by_label.setdefault(label, {})[context] = shift
+        found.changes.setdefault(label, {})[context] = Change(
+            shares @ np.stack([one.mean for _, _, one in measured]),
+            shares**2 @ np.stack([one.variance for _, _, one in measured]),
+        )
+    for context, several in cells.items():
+        found.controls[context] = _measured(dataset, np.unique(np.concatenate(several)))
+    return found
 
 
-def _observed(dataset: Dataset, library: np.ndarray, cells: np.ndarray) -> np.ndarray:
-    total = np.zeros(dataset.n_genes)
-    for block, rows in dataset.blocks(cells):
-        total += np.asarray(rows.T @ (1.0 / library[block])).ravel()
-    return log_profile(total / len(cells))
+def _measured(dataset: Dataset, cells: np.ndarray) -> LogProfile:
+    return measure(dataset.rows(cells), dataset.library()[cells])
 
 
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
-    """What from_arrays reads: the corrections, their weights, and their names as JSON bytes."""
+    """What from_arrays reads: values by row, and what the rows are as JSON bytes."""
     rows = [
-        (label, *context, shift)
-        for label, found in sorted(calibration.shifts.by_label.items())
+        (label, *context, shift, calibration.changes[label][context])
+        for label, found in sorted(calibration.residuals.by_label.items())
         for context, shift in sorted(found.items())
     ]
-    names = json.dumps({"separator": calibration.separator, "rows": [row[:3] for row in rows]}).encode()
+    contexts = sorted(calibration.controls.items())
+    names = {
+        "separator": calibration.separator,
+        "rows": [row[:3] for row in rows],
+        "contexts": [context for context, _ in contexts],
+    }
     return {
-        "values": np.array([row[3].value for row in rows], np.float32),
-        "weights": np.array([row[3].weight for row in rows]),
-        "names": np.frombuffer(names, np.uint8),
+        "residuals": np.array([shift.value for *_, shift, _ in rows], np.float32),
+        "weights": np.array([shift.weight for *_, shift, _ in rows]),
+        "changes": np.array([change.mean for *_, change in rows], np.float32),
+        "change_errors": np.array([change.variance for *_, change in rows], np.float32),
+        "controls": np.array([one.value for _, one in contexts], np.float32),
+        "control_errors": np.array([one.error for _, one in contexts], np.float32),
+        "control_noise": np.array([one.noise for _, one in contexts], np.float32),
+        "names": np.frombuffer(json.dumps(names).encode(), np.uint8),
     }
 
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
-    shifts = Shifts(())
     names = json.loads(arrays["names"].tobytes())
-    for (label, tissue, cell_type), value, weight in zip(
-        names["rows"], arrays["values"], arrays["weights"], strict=True
-    ):
-        shifts.by_label.setdefault(label, {})[tissue, cell_type] = Shift(
-            value.astype(np.float64), float(weight), "own context"
+    values = {key: np.asarray(array, np.float64) for key, array in arrays.items() if key != "names"}
+    found = Calibration(Shifts(()), separator=names["separator"])
+    for index, (label, tissue, cell_type) in enumerate(names["rows"]):
+        shift = Shift(values["residuals"][index], float(values["weights"][index]), "own context")
+        change = Change(values["changes"][index], values["change_errors"][index])
+        found.residuals.by_label.setdefault(label, {})[tissue, cell_type] = shift
+        found.changes.setdefault(label, {})[tissue, cell_type] = change
+    for index, (tissue, cell_type) in enumerate(names["contexts"]):
+        found.controls[tissue, cell_type] = LogProfile(
+            values["controls"][index], values["control_errors"][index], values["control_noise"][index]
         )
-    return Calibration(shifts, names["separator"])
+    return found

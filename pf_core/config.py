@@ -74,6 +74,7 @@ class DataConfig:
     genes: int = 2000  # highly variable genes kept; 0 keeps every gene
     min_counts: int = 0  # cells with fewer counts are left out (and counted in the report)
     time: str = "time"  # column of times, in any unit; the flow system alone reads it
+    timepoint: str = ""  # column of time points, such as bins of inferred times; "" takes the times themselves
     holdout: tuple[str, ...] = ()  # "column=value,column=value", any number of them
     holdout_share: float = 0.0  # share of non-control conditions held out at random
     validation_share: float = 0.1
@@ -158,11 +159,19 @@ class FlowConfig:
     pairing: Literal["sample", "argmax"] = "sample"
     epsilon: float = 0.05  # entropic regularisation, in units of the mean cost
     unbalanced: float = 0.0  # strength of the marginals in units of the mean cost; 0 holds them exactly
+    bins: int = 0  # groups of about equally many cells that times are put into; 0 takes every distinct time
     reach: float = 1.0  # share of the way that cells are moved between measured times; see docs/experiments.md
 
     def __post_init__(self) -> None:
         _bounds("flow", self, 1, "n_embedding", "n_heads", "n_time", "n_condition", "n_hidden")
-        _bounds("flow", self, 0, "epsilon", "unbalanced", "reach")
+        _bounds("flow", self, 0, "epsilon", "unbalanced", "reach", "bins")
+        if self.coupling == "exact" and self.unbalanced:
+            raise ConfigError(
+                f"flow.unbalanced is {self.unbalanced:g}, and an exact plan holds its marginals; set flow.coupling to"
+                " 'entropic'"
+            )
+        if self.coupling == "entropic" and not self.epsilon:
+            raise ConfigError("flow.epsilon is 0, and an entropic plan needs more; set flow.coupling to 'exact'")
 
 
 @dataclass(frozen=True)

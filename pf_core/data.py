@@ -31,7 +31,9 @@ __all__ = ["DataError", "Dataset", "Group", "groups", "load", "read_cells"]
 Read = tuple[Any, np.ndarray, Any, dict[str, Any]]  # obs, gene names, counts, first entries of the summary
 
 
-def load(source: str | Path | Any, config: DataConfig, *, backed: bool = False, training: bool = True) -> Dataset:
+def load(
+    source: str | Path | Any, config: DataConfig, *, backed: bool = False, training: bool = True, contrasts: bool = True
+) -> Dataset:
     """Read and check a data set.
 
     Args:
@@ -40,6 +42,7 @@ def load(source: str | Path | Any, config: DataConfig, *, backed: bool = False, 
         config: which columns hold what.
         backed: leave the counts of an h5ad on disk; they are read through once, to check and to sum them.
         training: False admits one condition, no controls and cells without counts, for a model that is trained.
+        contrasts: False admits one condition and no controls in training too, for time courses.
 
     Raises:
         DataError: whatever makes the data unusable, with the remedy, in one line.
@@ -87,7 +90,7 @@ def load(source: str | Path | Any, config: DataConfig, *, backed: bool = False, 
         summary=summary,
         **contexts,
     )
-    if training:
+    if training and contrasts:
         _check_trainable(dataset)
     return dataset
 

@@ -9,10 +9,12 @@ import numpy as np
 
 from pf_core import baselines, metrics, noise, regressions
 from pf_core.baselines import Declined, Prediction, Predictor, Shifts, Task
+from pf_core.calibration import LogProfile, measure
 from pf_core.ceiling import resample
 from pf_core.config import Output
 from pf_core.data import Dataset
 from pf_core.errors import PredictionError
+from pf_core.kriging import Change
 from pf_core.labels import condition_label, parse_condition
 from pf_core.metrics import PCA
 from pf_core.model import ENCODE_BLOCK, Model
@@ -21,6 +23,8 @@ from pf_core.verdict import Condition, MetricRow
 
 MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
 MAX_PCA_CELLS = 20_000
+NORMAL_90 = 1.6448536269514722  # half width of the central 90 % of a standard normal
+TOP_GENES = 200
 CEILING_REPEATS = 10  # splits of the real cells into halves
 MODEL = "operator model"
 HALVES = "real cells, half against half"
@@ -124,10 +128,11 @@ def _model_predictor(model: Model, dataset: Dataset, controls: np.ndarray) -> Pr
 
     def predict(task: Task) -> Prediction | Declined:
         try:
-            _, [(_, means)] = model.forecast(dataset, controls, [model.members(task.label)])
+            forecast = model.forecast(dataset, controls, [model.members(task.label)])
         except PredictionError as error:
             return Declined(str(error))
-        return Prediction(means, "operator")
+        [(_, means)] = forecast.points
+        return Prediction(means, "operator", change=forecast.changes.get(task.context))
 
     return predict
 
@@ -176,6 +181,9 @@ def _judge(
         counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=r)
         values = metrics.score(real, counts, task.counts, ruler)
         values |= _latent_energies(model, counts, tissue, z_real)
+        if answer.change is not None and len(cells) > 1:
+            controls_profile = measure(task.counts, task.library)
+            values |= coverage(answer.change, measure(real, dataset.library()[cells]), controls_profile)
         rows.append(MetricRow(condition, method, values, kind))
         if method == MODEL:
             planes["predicted"] = ruler.transform(counts)[:, :2]
@@ -188,6 +196,20 @@ def _judge(
         rows.append(MetricRow(condition, method, values, "reference"))
     planes |= {"control": ruler.transform(task.counts)[:, :2], "real": ruler.transform(real)[:, :2]}
     return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
+
+
+def coverage(change: Change, real: LogProfile, controls: LogProfile) -> dict[str, float]:
+    """Share of genes whose observed mean change lies in the predicted 90 % interval.
+
+    The interval is that of a measurement: uncertainty of the prediction and sampling error of both measured means.
+
+    Returns:
+        coverage_90 over all genes, coverage_90_top over the TOP_GENES with the largest predicted change.
+    """
+    error = np.sqrt(change.variance + real.error + controls.error)
+    inside = np.abs(real.value - controls.value - change.mean) <= NORMAL_90 * error
+    top = np.argsort(-np.abs(change.mean), kind="stable")[:TOP_GENES]
+    return {"coverage_90": float(inside.mean()), "coverage_90_top": float(inside[top].mean())}
 
 
 def _halves(real: Csr, z: np.ndarray, control: Csr, ruler: PCA, *, seed: int, name: str) -> dict[str, float]:

@@ -265,7 +265,8 @@ def _fit(
     model = Model(config, names, params, twin, run)
     run.write("model.safetensors", params)
     if config.operator.calibrate:
-        groups = [group for group in training_groups(dataset, split) if group.label != CONTROL]
+        seen = np.sort(np.concatenate([split.train, split.validation]))  # as for the baselines
+        groups = [group for group in data.groups(dataset, seen) if group.label != CONTROL]
         model.calibration = calibrate(dataset, groups, *decoded_profiles(model, dataset, groups))
         run.write("calibration.safetensors", to_arrays(model.calibration))
     run.commit()

@@ -6,17 +6,18 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pf_core import backends, data, genes
 from pf_core.backends import Arrays, Backend
 from pf_core.batches import Vocabulary
-from pf_core.calibration import Calibration, apply, from_arrays
+from pf_core.calibration import Calibration, from_arrays, levels, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, nearest
+from pf_core.kriging import Change
 from pf_core.labels import Members, parse_condition, texts
 from pf_core.operator import Operator
 from pf_core.outputs import BLOCK, Means, predicted_counts
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 __all__ = ["Model"]
 
 ENCODE_BLOCK = BLOCK  # cells encoded or decoded at once; the last block is padded so that one shape is compiled
+
+
+class Forecast(NamedTuple):
+    """Where cells go."""
+
+    z0: np.ndarray  # (n, n_latent) latents before
+    points: list[tuple[np.ndarray, Means]]  # per time: latents there, means of a block of cells before and there
+    changes: dict[tuple[str, str], Change]  # of log1p mean profiles, by (tissue, cell type), where calibrated
 
 
 class Model:
@@ -270,7 +279,7 @@ class Model:
         steps: Sequence[Members],
         *,
         times: Sequence[float] = (1.0,),
-    ) -> tuple[np.ndarray, list[tuple[np.ndarray, Means]]]:
+    ) -> Forecast:
         """Where these cells go under conditions applied one after the other.
 
         Args:
@@ -280,35 +289,63 @@ class Model:
             times: points of the way from the start (0) to the end (1), z_t = (1 - t) z + t K(z).
 
         Returns:
-            Latents before, (n, n_latent); and per time the latents there with the means (mu0, mu1) of a block of the
-            cells, decoded when asked for and corrected by the calibration.
+            Latents before; per time the latents there with the means (mu0, mu1) of a block of the cells, decoded when
+            asked for and calibrated; and the calibrated changes.
         """
         z0 = z1 = self.encode(dataset, cells)
-        contexts = sorted(set(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True)))
-        place = {context: row for row, context in enumerate(contexts)}
-        rows_of = np.array([place[key] for key in zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True)])
-        corrections = np.zeros((len(contexts), dataset.n_genes))
         for members in steps:
             z1 = self.move(dataset, z1, cells, members)
-            for context, row in place.items():
-                found = self.calibration.of(members, context) if self.calibration else None
-                corrections[row] += 0.0 if found is None else found
         tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
         library = dataset.library()[cells].astype(self.config.dtype)
+        rows_of, factors, changes = self._calibrated(dataset, cells, steps, z0, z1)
 
         def at(time: float) -> tuple[np.ndarray, Means]:
             z = z0 + z0.dtype.type(time) * (z1 - z0)
+            # Half of the way has the geometric mean of the factors at its ends.
+            after = factors[0] ** (1.0 - time) * factors[1] ** time
 
             def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
                 rest = (tissue[rows], library[rows])
                 mu0, mu1 = self.decode(z0[rows], *rest), self.decode(z[rows], *rest)
-                if corrections.any():
-                    mu1 = apply(mu1, library[rows], time * corrections[rows_of[rows]])
-                return mu0, mu1
+                return mu0 * factors[0][rows_of[rows]], mu1 * after[rows_of[rows]]
 
             return z, means
 
-        return z0, [at(time) for time in times]
+        return Forecast(z0, [at(time) for time in times], changes)
+
+    def _calibrated(
+        self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], Change]]:
+        """Context of every cell, factors (2, n_contexts, n_genes) of decoded means, and the changes they give."""
+        keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
+        place = {context: row for row, context in enumerate(sorted(set(keys)))}
+        rows_of = np.array([place[key] for key in keys])
+        factors = np.ones((2, len(place), dataset.n_genes))
+        changes: dict[tuple[str, str], Change] = {}
+        if self.calibration is None:
+            return rows_of, factors, changes
+        for context, row in place.items():
+            here = np.flatnonzero(rows_of == row)
+            library = dataset.library()[cells[here]]
+            controls = measure(dataset.rows(cells[here]), library)
+            carried = [self.calibration.of(members, context, controls) for members in steps]
+            if any(one is not None for one in carried):
+                tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
+                decoded = [self._mean_profile(z[here], tissue, library) for z in (z0, z1)]
+                before, after, change = levels(controls, decoded[0], decoded[1], carried)
+                factors[:, row] = before, after
+                if change is not None:
+                    changes[context] = change
+        return rows_of, factors, changes
+
+    def _mean_profile(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
+        """(n_genes,) mean over cells of decoded means divided by library."""
+        total = np.zeros(len(self.vocabulary.genes))
+        for start in range(0, len(z), ENCODE_BLOCK):
+            rows = slice(start, start + ENCODE_BLOCK)
+            sizes = library[rows].astype(self.config.dtype)
+            total += (self.decode(z[rows], tissue[rows], sizes) / sizes[:, None]).sum(0, dtype=np.float64)
+        return total / len(z)
 
     def predict(
         self,
@@ -332,16 +369,23 @@ class Model:
 
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
-            in obsm["X_control_latent"] and obsm["X_latent"].
+            in obsm["X_control_latent"] and obsm["X_latent"]. Where training saw the perturbation in other contexts,
+            varm["change"] holds the predicted change of log1p of the mean profile per 10,000 counts, one column per
+            context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.
         """
         dataset, report = self.controls(controls, keep=keep)
         steps = [self.members(step) for step in (perturbation, *then)]
-        z0, [(z1, means)] = self.forecast(dataset, np.arange(dataset.n_cells), steps)
+        z0, [(z1, means)], changes = self.forecast(dataset, np.arange(dataset.n_cells), steps)
         label = " then ".join((perturbation, *then))
-        return self._cells(dataset, z0, z1, means, label, report, output=output, seed=seed)
+        adata = self._cells(dataset, z0, z1, means, label, report, output=output, seed=seed)
+        adata.uns["pf"]["contexts"] = [", ".join(context) for context in changes]
+        if changes:
+            adata.varm["change"] = np.stack([one.mean for one in changes.values()], axis=1)
+            adata.varm["change_sd"] = np.sqrt(np.stack([one.variance for one in changes.values()], axis=1))
+        return adata
 
     def trajectory(
         self,
@@ -362,7 +406,7 @@ class Model:
 
         dataset, report = self.controls(controls, keep=keep)
         steps = [self.members(perturbation)]
-        z0, points = self.forecast(dataset, np.arange(dataset.n_cells), steps, times=times)
+        z0, points, _ = self.forecast(dataset, np.arange(dataset.n_cells), steps, times=times)
         parts = []
         for time, (z, means) in zip(times, points, strict=True):
             part = self._cells(dataset, z0, z, means, perturbation, report, output=output, seed=seed)

@@ -16,7 +16,7 @@ from pf_core.dataset import Dataset
 from pf_core.errors import DataError, nearest
 from pf_core.labels import CONTROL, condition_label, parse_condition, text, texts
 
-__all__ = ["Split", "leak_audit", "split"]
+__all__ = ["Split", "held_out", "leak_audit", "split", "validation_share"]
 
 TRIVIAL_COUNTS = 20  # cells with fewer counts can be equal by chance
 ROLES = ("perturbation", "tissue", "cell_type", "batch")
@@ -29,15 +29,14 @@ class Split:
     train: np.ndarray
     validation: np.ndarray
     heldout: np.ndarray
-    conditions: list[tuple[str, str, str]]  # (label, tissue, cell_type) of the perturbed cells that were held out
+    conditions: list[tuple[str, str, str]]  # what was held out: (label, tissue, cell type, or time point in a course)
 
 
 def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
     """Held-out conditions by expression and by share, then a validation share of every condition that is left.
 
-    An expression "column=value,column=value" holds out the cells that meet all of its parts; several expressions add
-    up. A part about the perturbation never holds out controls, and "A" stands for A at every dose. holdout_share
-    draws from the conditions (label, tissue, cell type) other than control.
+    `held_out` reads the expressions. holdout_share draws from the conditions (label, tissue, cell type) other than
+    control.
 
     Args:
         dataset: all cells.
@@ -47,9 +46,7 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
     Raises:
         DataError: a column, value or combination that no cell has, or nothing left to train on.
     """
-    held = np.zeros(dataset.n_cells, dtype=bool)
-    for expression in config.holdout:
-        held |= _matching(dataset, expression, config)
+    held = held_out(dataset, config)
     conditions, index = _conditions(dataset)
     if config.holdout_share:
         perturbed = [row for row, condition in enumerate(conditions) if condition[0] != CONTROL]
@@ -60,11 +57,7 @@ def split(dataset: Dataset, config: DataConfig, seed: int) -> Split:
     if not (kept & dataset.is_control).any() or not (kept & ~dataset.is_control).any():
         side = "perturbed" if (kept & dataset.is_control).any() else "control"
         raise DataError(f"the held-out conditions leave no {side} cell to train on; hold out less")
-    validation = _validation(np.where(kept, index, -1), len(conditions), config.validation_share, seed)
-    if config.validation_share and not validation.any():
-        raise DataError(
-            f"validation_share {config.validation_share:g} of conditions this small is no cell; raise it or set it to 0"
-        )
+    validation = validation_share(np.where(kept, index, -1), config.validation_share, seed)
     return Split(
         train=np.flatnonzero(kept & ~validation),
         validation=np.flatnonzero(validation),
@@ -81,20 +74,41 @@ def _conditions(dataset: Dataset) -> tuple[list[tuple[str, str, str]], np.ndarra
     return conditions, np.fromiter((position[row] for row in rows), dtype=np.int64, count=len(rows))
 
 
-def _validation(index: np.ndarray, n_conditions: int, share: float, seed: int) -> np.ndarray:
-    """The nearest number of cells to the share of every condition, at least one of which stays for training."""
+def validation_share(index: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """(n_cells,) mask of the nearest number of cells to the share of every condition; one at least stays for training.
+
+    Args:
+        index: (n_cells,) condition of every cell, from 0; -1 for cells that do not take part.
+
+    Raises:
+        DataError: a share above 0 that is no cell at all.
+    """
     chosen = np.zeros(len(index), dtype=bool)
     order = np.argsort(index, kind="stable")
-    bounds = np.searchsorted(index[order], np.arange(n_conditions + 1))
+    bounds = np.searchsorted(index[order], np.arange(index.max(initial=-1) + 2))
     for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
         cells = order[start:stop]
         n = min(round(share * len(cells)), len(cells) - 1)
         if n > 0:
             chosen[cells[noise.permutation(seed, "split.validation", row, len(cells))[:n]]] = True
+    if share and not chosen.any():
+        raise DataError(f"validation_share {share:g} of conditions this small is no cell; raise it or set it to 0")
     return chosen
 
 
 # --- expressions -----------------------------------------------------------------------------------------------------
+def held_out(dataset: Dataset, config: DataConfig) -> np.ndarray:
+    """(n_cells,) mask of the cells that config.holdout names.
+
+    An expression "column=value,column=value" holds out the cells that meet all of its parts; several expressions add
+    up. A part about the perturbation never holds out controls, and "A" stands for A at every dose.
+    """
+    held = np.zeros(dataset.n_cells, dtype=bool)
+    for expression in config.holdout:
+        held |= _matching(dataset, expression, config)
+    return held
+
+
 def _matching(dataset: Dataset, expression: str, config: DataConfig) -> np.ndarray:
     """(n_cells,) the cells that meet every part of one expression."""
     mask = np.ones(dataset.n_cells, dtype=bool)

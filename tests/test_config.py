@@ -33,6 +33,9 @@ def test_a_config_is_hashable_so_that_compiled_steps_can_key_on_it():
         ("[stage_vae]\nlearning_rate = nan", r"stage_vae\.learning_rate is nan"),
         ("[stage_vae]\nmax_steps = -1", r"stage_vae\.max_steps is -1"),
         ("seed = -1", "seed is -1"),
+        ("[flow]\nunbalanced = 2", r"flow\.unbalanced is 2, and an exact plan"),
+        ("[flow]\nepsilon = 0\ncoupling = 'entropic'", r"flow\.epsilon is 0"),
+        ("[flow]\nbins = -1", r"flow\.bins is -1"),
         ("seed =", "is not valid TOML"),
     ],
 )
