@@ -251,6 +251,12 @@ def flow_bad_input(twin: Twin) -> str:
         "times that turn back": lambda: go([0.0, 0.5, 0.25]),
         "no steps": lambda: go([0.0, 1.0], n_steps=0),
         "unknown method": lambda: go([0.0, 1.0], method="euler"),
+        "a model without its running statistics": lambda: backend.encode(
+            syn.parameters_of_flow(config), batch["counts"], batch["tissue"], config
+        ),
+        "a field without the units of its latents": lambda: backend.velocity(
+            {k: v for k, v in params.items() if k != "flow.scale"}, cells["times"], cells["z"], *route, config
+        ),
         "an edge to a gene that is not there": lambda: moved(away(syn.N_GENES)),
         "an edge to a negative gene": lambda: moved(away(-1)),
         "a trajectory that turns back": lambda: backend.trajectory(

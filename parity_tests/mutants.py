@@ -226,6 +226,9 @@ def _run_checks(mutant: Mutant, package: str, tried: Callable[[str, Callable[[],
         groups = (map(first, near), map(loop, checks), map(first, far), map(second, near))
     elif mutant.module in ("bridge", "probe"):
         groups = (map(loop, checks), map(first, cases))
+    elif mutant.module in FLOW_MODULES:  # its misuses are checked in seconds, far cases take minutes
+        quick, slow = checks[:2], checks[2:]
+        groups = (map(first, near), map(loop, quick), map(second, near), map(first, far), map(loop, slow))
     else:
         groups = (map(first, near), map(second, near), map(first, far), map(second, far), map(loop, checks))
     any(any(group) for group in groups)

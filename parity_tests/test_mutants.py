@@ -66,6 +66,15 @@ def test_every_equivalent_mutant_is_a_mutant_with_a_reason() -> None:
     assert all(name in names and reason for name, reason in EQUIVALENT.items())
 
 
+def test_every_mutant_is_a_program() -> None:
+    """A fault that does not compile would be noticed by anything."""
+    from parity_tests.mutants import _source
+
+    for mutant in all_mutants():
+        text = _source(mutant.package, mutant.module).replace(mutant.old, mutant.new)
+        compile(text, mutant.name, "exec")
+
+
 def test_a_mutant_whose_text_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from parity_tests import mutants
 
