@@ -17,6 +17,7 @@ from pf_core.health import Health, health_of
 from pf_core.initial import select
 from pf_jax import steps
 from pf_jax.conditions import ConditionEncoder
+from pf_jax.coupling import entropic_plan
 from pf_jax.cvae import CVAE
 from pf_jax.flow import VectorField
 from pf_jax.flow_steps import ENCODER, players_loss
@@ -528,6 +529,25 @@ class Backend:
         """
         self._check_indices(params, {}, conditions)
         return to_numpy(_operators(self._parameters(params), self._arrays(dict(conditions))))
+
+    def entropic_plan(self, x: np.ndarray, y: np.ndarray, *, epsilon: float, unbalanced: float) -> np.ndarray:
+        """Entropic optimal-transport plan between two sets of latents, of uniform marginals.
+
+        Args:
+            x: (n, n_latent) cells on one side.
+            y: (m, n_latent) cells on the other.
+            epsilon: strength of the entropy, in units of the mean cost.
+            unbalanced: strength of the marginals, in units of the mean cost; 0 holds them exactly.
+
+        Returns:
+            (n, m) plan.
+
+        Raises:
+            ValueError: as for `entropic_plan`.
+            RuntimeError: the iteration did not converge.
+            ImportError: without the extra that brings the solver.
+        """
+        return np.asarray(entropic_plan(x, y, epsilon=epsilon, unbalanced=unbalanced))
 
     def trajectory(
         self,
