@@ -268,4 +268,6 @@ TORCH: list[tuple[str, str, str, str]] = [
 ]  # fmt: skip
 
 # Faults that compute the same function, with the reason.
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    "torch, layers: torch's leaky relu of that slope": "torch has the slope at 0 too",
+}
