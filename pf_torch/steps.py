@@ -377,7 +377,7 @@ def train_step(
     params, m, v, count = adam_update(
         state.params, clipped, state.m, state.v, state.count, lr=hyper["lr"], weight_decay=settings.weight_decay
     )
-    ok = bool(torch.isfinite(loss + norm)) and all_finite(params, m, v)
+    ok = bool(torch.isfinite(loss + norm)) and all_finite(params, m, v, carry)
     parts = {name: torch.stack([parts[name] for parts in all_parts]).mean() for name in all_parts[0]}
     metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
     return (replace(state, params=params, m=m, v=v, count=count, carry=carry) if ok else state), metrics
