@@ -198,7 +198,8 @@ def vae_loss(
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding; and,
+            where they are, table and tail of `nb_log_prob_sum`.
         noise: eps (n_cells, n_latent).
         config: the run's configuration.
         beta: weight of the KL divergence.
@@ -208,7 +209,10 @@ def vae_loss(
     """
     vae = NBVAE(config.vae, select(params, "vae"))
     mu, r, z_mu, z_logvar = vae(batch["counts"], batch["tissue"], batch["library"], noise["eps"])
-    loss, parts = elbo_loss(batch["counts"], mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
+    table, tail = batch.get("table"), batch.get("tail")
+    loss, parts = elbo_loss(
+        batch["counts"], mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"], table=table, tail=tail
+    )
     return loss, ({name: record(name, value) for name, value in parts.items()}, {})
 
 
@@ -273,7 +277,7 @@ def joint_loss(
     loss, (parts, carry) = _operator_terms(params, batch, noise, carry, A, image, y, config)
     moved, target = (_grouped(partial(_profile, vae), z, batch["tissue"]) for z in (image, y))
     gene_energy = record("gene_energy", _energy(moved, target, batch, config))
-    cells = {name: batch[f"cells_{name}"] for name in ("counts", "tissue", "library", "weight")}
+    cells = {name.removeprefix("cells_"): value for name, value in batch.items() if name.startswith("cells_")}
     elbo, (elbo_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
     loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
     return loss, (parts | {"gene_energy": jax.lax.stop_gradient(gene_energy)} | elbo_parts, carry)
