@@ -16,6 +16,7 @@ from pf_jax.likelihood import (
     lgamma_difference,
     nb_log_prob,
     nb_log_prob_elements,
+    nb_log_prob_sum,
     reparameterize,
     strict_clip,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "lgamma_difference",
     "nb_log_prob",
     "nb_log_prob_elements",
+    "nb_log_prob_sum",
     "operator_loss",
     "operator_norm",
     "operator_step",
