@@ -309,7 +309,7 @@ JAX: list[tuple[str, str, str, str]] = [
         'if estimator == "u" else (jnp.ones_like(own_x),) * 2',
         'if estimator == "v" else (jnp.ones_like(own_x),) * 2',
     ),
-    ("distances", "the last tile dropped", "n_tiles = -(-n // tile)", "n_tiles = max(n // tile, 1)"),
+    ("distances", "the last tile dropped", "np.triu_indices(n_tiles)", "np.triu_indices(n_tiles - 1)"),
     (
         "distances",
         "a tile above the diagonal counted once",
@@ -443,7 +443,18 @@ JAX: list[tuple[str, str, str, str]] = [
         "(by_name[name] ** 2).sum() for name in sorted(by_name)",
         "(by_name[name] ** 2).sum() / 4 for name in sorted(by_name)",
     ),
-    ("steps", "the guard looks at the loss only", "jax.tree.leaves((value, norm, params, m, v))", "[value]"),
+    (
+        "steps",
+        "the guard looks at the loss only",
+        "ok = _finite(value, norm) & jax.lax.cond(sure, lambda *_: jnp.array(True), look, moving, grads)",
+        "ok = _finite(value)",
+    ),
+    (
+        "steps",
+        "the guard never looks at what is new",
+        "sure = _surely_finite(moving, norm, lr, settings)",
+        "sure = jnp.array(True)",
+    ),
     (
         "steps",
         "a refused step still counts",

@@ -24,7 +24,7 @@ RHO_MAX = 1.05  # largest operator norm that is not penalised
 POWER_ITERATIONS = 5
 ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.999, 1e-8
 CLIP_EPS = 1e-6  # global-norm clip: min(1, max_norm / (norm + eps))
-TILE = 512  # rows of a tile of the energy distance
+TILE = {"jax": 256, "torch": 512}  # most rows of a tile of the energy distance: what each twin is fastest with
 TABLE_ROWS = 32  # counts up to here are in the likelihood's table, larger ones in its tail
 
 Output = Literal["transport", "sample", "mean"]  # how decoded means become predicted cells (outputs.py)
