@@ -204,6 +204,17 @@ def losses() -> Iterator[Case]:
             config = syn.configuration(vae__scale=scale, vae__dispersion=dispersion, vae__input=kind)
             quantities = QUANTITIES if scale == "library" else FIRST
             yield _loss("vae", f"{scale}, {dispersion}, {kind}", config, quantities=quantities)
+    for stage, prefix in (("vae", ""), ("joint", "cells_")):
+        cells = syn.vae_batch()
+        table = {f"{prefix}{name}": value for name, value in syn.tabled(cells["counts"], cells["weight"]).items()}
+        yield _loss(stage, "count table", syn.configuration(), batch=table, quantities=FIRST)
+        yield _loss(
+            stage,
+            "count table that a dispersion per tissue does not use",
+            syn.configuration(vae__dispersion="gene-tissue"),
+            batch=table,
+            quantities=FIRST,
+        )
     yield _loss("vae", "beta zero", syn.configuration(), beta=0.0, quantities=FIRST)
     settings: dict[str, dict[str, Any]] = {
         "penalty active": {},

@@ -6,8 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from pf_core.config import AdversaryConfig, Config, FlowConfig, OperatorConfig, StageConfig, VAEConfig
+from pf_core.count_table import count_table
 from pf_core.initial import (
     Sizes,
     cvae_parameters,
@@ -119,6 +121,17 @@ def vae_batch(index: int = 0, *, n_cells: int = N_CELLS) -> Arrays:
         "library": np.maximum(counts.sum(axis=1), 1.0),
         "weight": weight,
     }
+
+
+def tabled(counts: np.ndarray, weight: np.ndarray, *, rows: int = 5) -> Arrays:
+    """weight, table and tail of counts, with the larger counts and padding in the tail.
+
+    Weights are multiples of 1/64, so that float32 holds their sums.
+    """
+    weight = np.round(64 * weight) / 64
+    cells: Any = sparse.csr_matrix(counts)
+    n_tail = int((counts > rows).sum()) + 3
+    return {"weight": weight} | count_table(cells, weight, n_tail, dtype="float64", rows=rows)
 
 
 def condition_batch(index: int = 0, n_conditions: int = N_CONDITIONS) -> Arrays:

@@ -118,7 +118,8 @@ def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config,
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding; and,
+            where they are, table and tail of `nb_log_prob_sum`.
         noise: eps (n_cells, n_latent).
         config: the run's configuration.
         beta: weight of the KL divergence.
@@ -129,7 +130,8 @@ def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config,
     model = NBVAE(config.vae, select(params, "vae"))
     counts, tissue = batch["counts"], batch["tissue"]
     mu, r, z_mu, z_logvar = model(counts, tissue, batch["library"], noise["eps"])
-    loss, parts = elbo_loss(counts, mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
+    table, tail = batch.get("table"), batch.get("tail")
+    loss, parts = elbo_loss(counts, mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"], table=table, tail=tail)
     return loss, ({name: record(name, value) for name, value in parts.items()}, {})
 
 
