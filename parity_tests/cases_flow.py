@@ -71,7 +71,8 @@ def norms() -> Iterator[Case]:
         **moving,
         run=lambda f, a: f.cvae.batch_norm(**a, train=False)[0],
     )
-    yield Case("batch_norm/evaluation returns the statistics", name, usual, {"train": False}, quantities=VALUE)
+    unchanged: dict[str, Any] = {"quantities": VALUE, "reason": "that y has derivatives is another case"}
+    yield Case("batch_norm/evaluation returns the statistics", name, usual, {"train": False}, **unchanged)
     yield Case(
         "batch_norm/running statistics carry no gradient",
         name,
@@ -276,7 +277,7 @@ def fields() -> Iterator[Case]:
         alone = {key: value[:1] for key, value in cells.items()}
         yield Case(f"VectorField/{label}, one cell", name, inputs | alone, **kept)
         frozen = inputs | {"params": params}
-        same = kept | {"differentiate": (), "quantities": VALUE}
+        same = kept | {"differentiate": (), "quantities": VALUE, "reason": "the same field as without them"}
         yield Case(f"VectorField/{label}, center and scale beside it", name, frozen, **same)
         elsewhere = ("query.*", "time.*", "condition.*", "head.*")
         yield Case(
