@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pf_core import backends, coupling, data, fit, flow_report, genes, report, splits, times
+from pf_core import backends, coupling, data, fit, flow_report, genes, splits, times
 from pf_core.backends import Backend
 from pf_core.checkpoint import Run
 from pf_core.config import Config
@@ -19,6 +19,8 @@ from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset
 from pf_core.errors import ConfigError, DataError, RunError
 from pf_core.flow_batches import CvaeSource, PairSource, course_vocabulary
+from pf_core.flow_judgement import judge_run
+from pf_core.flow_model import FlowModel
 from pf_core.initial import Parameters, Sizes, cvae_parameters, flow_parameters, running_statistics
 from pf_core.model import Model, read_vocabulary, vocabulary_json
 from pf_core.networks import Network, load_network
@@ -180,8 +182,10 @@ def _fit(
     run.write("model.safetensors", params)
     model = Model(config, read_vocabulary(run), params, twin, run)
     run.write("latents.json", json.dumps(_latent_facts(model, dataset, split), indent=1) + "\n")
-    run.write("report.html", report.render(flow_report.payload(run, config, twin)))
-    run.commit()
+    graph = run.read_arrays("network.safetensors") if run.has("network.safetensors") else {}
+    axis = Axis(**run.read_json("data.json")["time"])
+    flow = FlowModel(config, model.vocabulary, params, twin, run, axis, graph)
+    judge_run(flow, dataset, course, split, console=console)
     return run
 
 
