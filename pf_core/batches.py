@@ -62,16 +62,18 @@ def epoch_slice(n: int, size: int, seed: int, name: str, index: int) -> np.ndarr
     return _epoch_order(seed, name, epoch, n)[place * size : (place + 1) * size]
 
 
-def _micro(trees: list[Arrays]) -> Arrays:
+def micro_batches(trees: list[Arrays]) -> Arrays:
     return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-def _attempted(name: str, attempt: int) -> str:
+def attempted(name: str, attempt: int) -> str:
     return f"{name}.{attempt}" if attempt else name
 
 
 class CellSource:
     """Batches of single cells: stage 1, and the ELBO of stage 3."""
+
+    stage = "vae"
 
     def __init__(
         self,
@@ -106,19 +108,19 @@ class CellSource:
         return {"eps": noise.normal(self.config.seed, name, index, shape, self.config.dtype)}
 
     def micro_batch(self, stage: str, index: int, attempt: int) -> tuple[Arrays, Arrays]:
-        order = _attempted(f"{stage}.order", attempt)
+        order = attempted(f"{stage}.order", attempt)
         chosen = epoch_slice(len(self.train), self.size, self.config.seed, order, index)
-        return self.cells(self.train[chosen], self.size), self.eps(_attempted(f"{stage}.eps", attempt), index)
+        return self.cells(self.train[chosen], self.size), self.eps(attempted(f"{stage}.eps", attempt), index)
 
     def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
-        n = self.config.stage_vae.accumulate
-        pairs = [self.micro_batch("vae", step * n + micro, attempt) for micro in range(n)]
-        return _micro([batch for batch, _ in pairs]), _micro([eps for _, eps in pairs])
+        n = getattr(self.config, f"stage_{self.stage}").accumulate
+        pairs = [self.micro_batch(self.stage, step * n + micro, attempt) for micro in range(n)]
+        return micro_batches([batch for batch, _ in pairs]), micro_batches([eps for _, eps in pairs])
 
     def validation(self) -> list[tuple[Arrays, Arrays, float]]:
         blocks = [self.held[start : start + self.size] for start in range(0, len(self.held), self.size)]
         return [
-            (self.cells(block, self.size), self.eps("vae.validation", index), float(len(block)))
+            (self.cells(block, self.size), self.eps(f"{self.stage}.validation", index), float(len(block)))
             for index, block in enumerate(blocks)
         ]
 
@@ -191,9 +193,9 @@ class ConditionSource:
 
     def micro_batch(self, index: int, attempt: int) -> tuple[Arrays, Arrays]:
         seed, dtype, stage = self.config.seed, self.config.dtype, self.stage
-        name = _attempted(f"{stage}.conditions", attempt)
+        name = attempted(f"{stage}.conditions", attempt)
         rows = epoch_slice(len(self.groups), self.n_conditions, seed, name, index)
-        rng = noise.generator(seed, _attempted(f"{stage}.cells", attempt), index)
+        rng = noise.generator(seed, attempted(f"{stage}.cells", attempt), index)
         batch = {key: value[rows] for key, value in self.conditions.items()}
         batch |= self.sides([self.groups[row] for row in rows], self.n_cells, rng)
         slots = self.slots[rows]
@@ -206,7 +208,7 @@ class ConditionSource:
         return batch, self.noises(index, attempt)
 
     def noises(self, index: int, attempt: int) -> Arrays:
-        name = _attempted(f"{self.stage}.v0", attempt)
+        name = attempted(f"{self.stage}.v0", attempt)
         shape = (self.n_conditions, self.latents.shape[1])
         return {"v0": noise.normal(self.config.seed, name, index, shape, self.config.dtype)}
 
@@ -233,7 +235,7 @@ class ConditionSource:
     def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
         n = getattr(self.config, f"stage_{self.stage}").accumulate
         pairs = [self.micro_batch(step * n + micro, attempt) for micro in range(n)]
-        return _micro([batch for batch, _ in pairs]), _micro([v0 for _, v0 in pairs])
+        return micro_batches([batch for batch, _ in pairs]), micro_batches([v0 for _, v0 in pairs])
 
     def validation(self) -> list[tuple[Arrays, Arrays, float]]:
         out = []

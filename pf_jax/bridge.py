@@ -17,6 +17,7 @@ from pf_core.health import Health, health_of
 from pf_core.initial import select
 from pf_jax import steps
 from pf_jax.conditions import ConditionEncoder
+from pf_jax.coupling import entropic_plan
 from pf_jax.cvae import CVAE
 from pf_jax.flow import VectorField
 from pf_jax.flow_steps import ENCODER, players_loss
@@ -173,8 +174,8 @@ def gradient_health(grads: Mapping[str, Any], params: Mapping[str, Any]) -> dict
 # --- compiled functions of whole parameter dictionaries ------------------------------------------------------------
 
 
-def _model(params, config: Config) -> NBVAE | _FlowModel:
-    return _FlowModel(params) if FLOW_MARK in params else NBVAE(config.vae, select(params, "vae"))
+def _model(params, config: Config) -> NBVAE | _FlowVAE:
+    return _FlowVAE(params) if FLOW_MARK in params else NBVAE(config.vae, select(params, "vae"))
 
 
 @partial(jax.jit, static_argnames=("config",))
@@ -201,21 +202,20 @@ def _dispersion(params, tissue, config: Config):
 @partial(jax.jit, static_argnames=("method", "n_steps", "rtol", "atol"))
 def _trajectory(params, z, times, condition, graph, method, n_steps, rtol, atol):
     settings = {"method": method, "n_steps": n_steps, "rtol": rtol, "atol": atol}
-    return _FlowModel(params).path(z, times, condition, _nodes(params, graph), **settings)
+    return _Flow(params, graph).path(z, times, condition, **settings)
 
 
 @jax.jit
 def _velocity(params, times, z, condition, graph):
-    center, scale = params["flow.center"], params["flow.scale"]
-    return scale * VectorField(select(params, "flow"))(times, (z - center) / scale, condition, _nodes(params, graph))
+    return _Flow(params, graph).velocity(times, z, condition)
 
 
 @partial(jax.jit, static_argnames=("n_steps",))
 def _endpoint_jacobian(params, z, times, condition, graph, n_steps):
-    model, nodes = _FlowModel(params), _nodes(params, graph)
+    flow = _Flow(params, graph)
 
     def one(cell):
-        end = lambda z: model.path(z[None], times, cell[1][None], nodes, n_steps=n_steps)[-1, 0]
+        end = lambda z: flow.path(z[None], times, cell[1][None], n_steps=n_steps)[-1, 0]
         return jax.jacfwd(end)(cell[0])
 
     return jax.lax.map(one, (z, condition), batch_size=_CELLS)
@@ -223,14 +223,14 @@ def _endpoint_jacobian(params, z, times, condition, graph, n_steps):
 
 @partial(jax.jit, static_argnames=("n_steps",))
 def _endpoint_gradient(params, counts, tissue, times, condition, graph, weights, n_steps):
-    model, nodes = _FlowModel(params), _nodes(params, graph)
+    model, flow = _FlowVAE(params), _Flow(params, graph)
 
     def one(cell):
         x, tissue, condition = cell
 
         def score(x):
             z, _ = model.encode(x[None], tissue[None])
-            end = model.path(z, times, condition[None], nodes, n_steps=n_steps)[-1]
+            end = flow.path(z, times, condition[None], n_steps=n_steps)[-1]
             mu = model.decode(end, tissue[None], jnp.ones(1, end.dtype))[0]
             return (weights * jnp.log1p(NORMALISED_TOTAL * mu)).sum()
 
@@ -240,32 +240,34 @@ def _endpoint_gradient(params, counts, tissue, times, condition, graph, weights,
     return jax.lax.map(one, (counts, tissue, condition), batch_size=_CELLS)
 
 
-class _FlowModel:
-    """The flow system in use: encoder with its running statistics, and raw latents."""
+class _FlowVAE:
+    """The conditional VAE in use, with its running statistics."""
 
     def __init__(self, params):
-        self.params = params
-        self.cvae = CVAE(select(params, "cvae"))
+        self.cvae, self.statistics = CVAE(select(params, "cvae")), select(params, ENCODER)
         self.decode, self.dispersion = self.cvae.decode, self.cvae.dispersion
 
     def encode(self, counts, tissue):
-        statistics = select(self.params, ENCODER)
-        if "norm1.mean" not in statistics:
-            raise ValueError(
-                f"params have no running statistics ({ENCODER}.norm1.mean ...); add the carry of stage 'cvae'"
-            )
-        return self.cvae.encode(counts, tissue, statistics)[:2]
+        if "norm1.mean" not in self.statistics:
+            raise ValueError("params have no running statistics; add what stage 'cvae' left in its carry")
+        return self.cvae.encode(counts, tissue, self.statistics)[:2]
 
-    def path(self, z, times, condition, nodes, **settings):
-        center, scale = self.params["flow.center"], self.params["flow.scale"]
-        field = VectorField(select(self.params, "flow"))
-        velocity = lambda s, z: field(s, z, condition, nodes)
-        path = center + scale * integrate(velocity, (z - center) / scale, times, **settings)
+
+class _Flow:
+    """The vector field in use, on raw latents."""
+
+    def __init__(self, params, graph):
+        self.center, self.scale = params["flow.center"], params["flow.scale"]
+        self.field = VectorField(select(params, "flow"))
+        self.nodes = self.field.nodes(graph)
+
+    def velocity(self, times, z, condition):
+        return self.scale * self.field(times, (z - self.center) / self.scale, condition, self.nodes)
+
+    def path(self, z, times, condition, **settings):
+        standard = lambda s, z: self.field(s, z, condition, self.nodes)
+        path = self.center + self.scale * integrate(standard, (z - self.center) / self.scale, times, **settings)
         return path.at[0].set(z)  # not rounded by the way there and back
-
-
-def _nodes(params, graph):
-    return VectorField(select(params, "flow")).nodes(graph)
 
 
 @jax.jit
@@ -524,6 +526,25 @@ class Backend:
         """
         self._check_indices(params, {}, conditions)
         return to_numpy(_operators(self._parameters(params), self._arrays(dict(conditions))))
+
+    def entropic_plan(self, x: np.ndarray, y: np.ndarray, *, epsilon: float, unbalanced: float) -> np.ndarray:
+        """Entropic optimal-transport plan between two sets of latents, of uniform marginals.
+
+        Args:
+            x: (n, n_latent) cells on one side.
+            y: (m, n_latent) cells on the other.
+            epsilon: strength of the entropy, in units of the mean cost.
+            unbalanced: strength of the marginals, in units of the mean cost; 0 holds them exactly.
+
+        Returns:
+            (n, m) plan.
+
+        Raises:
+            ValueError: as for `entropic_plan`.
+            RuntimeError: the iteration did not converge.
+            ImportError: without the extra that brings the solver.
+        """
+        return np.asarray(entropic_plan(x, y, epsilon=epsilon, unbalanced=unbalanced))
 
     def trajectory(
         self,

@@ -14,6 +14,7 @@ from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, judge
 from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
+from pf_torch.coupling import entropic_plan
 from pf_torch.cvae import CVAE
 from pf_torch.flow import VectorField
 from pf_torch.flow_steps import discriminator_loss
@@ -450,6 +451,25 @@ class Backend:
             return to_numpy(torch.func.jvp(decode, (self._to(z),), (self._to(direction),))[1])
 
     # --- trajectories ---------------------------------------------------------------------------------------------
+
+    def entropic_plan(self, x: np.ndarray, y: np.ndarray, *, epsilon: float, unbalanced: float) -> np.ndarray:
+        """Entropic optimal-transport plan between two sets of latents, of uniform marginals.
+
+        Args:
+            x: (n, n_latent) cells on one side.
+            y: (m, n_latent) cells on the other.
+            epsilon: strength of the entropy, in units of the mean cost.
+            unbalanced: strength of the marginals, in units of the mean cost; 0 holds them exactly.
+
+        Returns:
+            (n, m) plan.
+
+        Raises:
+            ValueError: as for `entropic_plan`.
+            RuntimeError: the iteration did not converge.
+            ImportError: without the extra that brings the solver.
+        """
+        return entropic_plan(x, y, epsilon=epsilon, unbalanced=unbalanced).cpu().numpy()
 
     def trajectory(
         self,

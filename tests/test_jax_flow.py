@@ -90,7 +90,8 @@ def norm_inputs():
 def test_batch_norm_in_training_is_that_of_flax_but_for_the_unbiased_running_variance():
     x, scale, shift, mean, var = norm_inputs()
     layer = nnx.BatchNorm(3, momentum=0.9, epsilon=BATCH_NORM_EPS, use_fast_variance=False, rngs=nnx.Rngs(0))
-    layer.scale[...], layer.bias[...], layer.mean[...], layer.var[...] = scale, shift, mean, var
+    layer.scale, layer.bias = nnx.Param(scale), nnx.Param(shift)
+    layer.mean, layer.var = nnx.BatchStat(mean), nnx.BatchStat(var)
     y, new_mean, new_var = batch_norm(x, scale, shift, mean, var, train=True)
     close(y, layer(x, use_running_average=False))
     close(new_mean, layer.mean[...])
@@ -100,7 +101,8 @@ def test_batch_norm_in_training_is_that_of_flax_but_for_the_unbiased_running_var
 def test_batch_norm_in_evaluation_is_that_of_flax_and_keeps_the_running_statistics():
     x, scale, shift, mean, var = norm_inputs()
     layer = nnx.BatchNorm(3, epsilon=BATCH_NORM_EPS, use_running_average=True, rngs=nnx.Rngs(0))
-    layer.scale[...], layer.bias[...], layer.mean[...], layer.var[...] = scale, shift, mean, var
+    layer.scale, layer.bias = nnx.Param(scale), nnx.Param(shift)
+    layer.mean, layer.var = nnx.BatchStat(mean), nnx.BatchStat(var)
     y, new_mean, new_var = batch_norm(x[:1], scale, shift, mean, var, train=False)
     close(y, layer(x[:1]))
     np.testing.assert_array_equal(new_mean, mean)
@@ -136,7 +138,7 @@ def test_batch_norm_is_differentiated_through_the_batch_and_not_through_running_
     x, scale, shift, mean, var = norm_inputs()
     up = array(C, 3, seed=7)
 
-    def by_flax(x, scale, shift):
+    def plain(x, scale, shift):
         m, v = x.mean(0), ((x - x.mean(0)) ** 2).mean(0)
         return (up * ((x - m) / jnp.sqrt(v + BATCH_NORM_EPS) * scale + shift)).sum()
 
@@ -144,7 +146,7 @@ def test_batch_norm_is_differentiated_through_the_batch_and_not_through_running_
         return (up * batch_norm(x, scale, shift, mean, var, train=train)[0]).sum()
 
     found = jax.grad(ours, argnums=(0, 1, 2, 3, 4))(x, scale, shift, mean, var)
-    for one, two in zip(found, jax.grad(by_flax, argnums=(0, 1, 2))(x, scale, shift), strict=False):
+    for one, two in zip(found, jax.grad(plain, argnums=(0, 1, 2))(x, scale, shift), strict=False):
         close(one, two, rtol=1e-9, atol=1e-12)
     assert not any(np.any(leaf) for leaf in found[3:])
     assert not any(np.any(leaf) for leaf in jax.grad(ours, argnums=(3, 4))(x, scale, shift, mean, var, False))
