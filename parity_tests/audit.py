@@ -28,12 +28,20 @@ REACH: dict[str, tuple[str, ...]] = {
         "operators.",
     ),
     "joint: elbo": ("vae.",),
+    # Of the players' gradients each parameter gets its own player's: the adversary reaches the encoder alone.
+    "cvae: nll, beside the discriminator": ("cvae.", "discriminator."),
+    "cvae: kl": ("cvae.encoder.",),
+    "cvae: adversary": ("cvae.encoder.",),
+    "flow: matching": ("flow.",),
 }
+# What is left of a loss when every weight is 0.
+ALONE = ("vae: nll", "operator: energy", "joint: energy", "cvae: nll, beside the discriminator", "flow: matching")
+FIXED = ("flow.center", "flow.scale")
 
 
 def declared(term: str, names: list[str]) -> set[str]:
     """The parameters that a term is declared to reach."""
-    return {name for name in names if name.startswith(REACH[term])}
+    return {name for name in names if name.startswith(REACH[term]) and name not in FIXED}
 
 
 def _config(**changes: Any) -> Config:
@@ -42,13 +50,14 @@ def _config(**changes: Any) -> Config:
         "operator__shrinkage": 0.0,
         "operator__gene_weight": 0.0,
         "operator__elbo_weight": 0.0,
+        "adversary__weight": 0.0,
     }
     return syn.configuration(**(off | changes))
 
 
 def gradients(backend: Any, stage: str, config: Config, beta: float) -> dict[str, np.ndarray | None]:
     """Gradient of a stage's loss in every parameter, frozen ones too."""
-    params = syn.parameters(config)
+    params = syn.parameters_of(stage, config)
     batch, noise, carry = syn.batch_of(stage, config), syn.noise_of(stage, config), syn.carry_of(stage, config)
     names = tuple(sorted(params))
     _, grads = backend.gradients(stage, params, names, batch, noise, {"lr": 0.0, "beta": beta}, carry, config)
@@ -59,9 +68,11 @@ def _settings(term: str) -> tuple[str, Config, float, Config, float]:
     """The stage, and two settings whose losses differ by the term alone."""
     stage, part = term.split(": ")
     base = _config()
-    if stage == "vae":
-        return (stage, base, 0.0, base, 0.0) if part == "nll" else (stage, base, 1.0, base, 0.0)
-    if part == "energy":
+    if part == "kl":
+        return stage, base, 1.0, base, 0.0
+    if part == "adversary":
+        return stage, _config(adversary__weight=1.0), 0.0, base, 0.0
+    if term in ALONE:
         return stage, base, 0.0, base, 0.0
     if part == "spectral, of bases":
         base = _config(operator__spectral_target="bases")
@@ -73,7 +84,7 @@ def reached(backend: Any, term: str) -> set[str]:
     """The parameters whose gradient a term changes."""
     stage, with_term, beta_with, without, beta_without = _settings(term)
     one = gradients(backend, stage, with_term, beta_with)
-    if term in ("vae: nll", "operator: energy", "joint: energy"):
+    if term in ALONE:
         return {name for name, grad in one.items() if grad is not None and np.any(grad)}
     two = gradients(backend, stage, without, beta_without)
     found = set()

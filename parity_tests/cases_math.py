@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from parity_tests import synthetic as syn
 from parity_tests.case import QUANTITIES, Case
 from pf_core.config import R_MAX, R_MIN
 from pf_core.noise import generator
@@ -101,6 +102,39 @@ def likelihood() -> Iterator[Case]:
     yield Case("nb_log_prob/plain form", "likelihood.nb_log_prob", usual, **both, **plain)
     yield Case("nb_log_prob/plain form, elementwise", "likelihood.nb_log_prob_elements", usual, **both, **plain)
 
+    weight = uniform("sum.weight", 0.2, 2.0, shape[0])
+    weight[2] = 0.0
+    sums = "likelihood.nb_log_prob_sum"
+    whole = {"x": grid["x"], "mu": grid["mu"], "r": r[0]}
+    for label, inputs in {
+        "usual": usual,
+        "nearly Poisson, mean near the count": near_poisson,
+        "all counts zero": zeros,
+        "extreme counts, means and dispersions": whole,
+    }.items():
+        for rows in (4, 32):
+            given_weight = weight if len(inputs["x"]) == len(weight) else np.ones(len(inputs["x"]))
+            tabled = inputs | syn.tabled(inputs["x"], given_weight, rows=rows)
+            yield Case(f"nb_log_prob_sum/{label}, table of {rows}", sums, tabled, {"method": "table"}, **both)
+    yield Case("nb_log_prob_sum/unweighted", sums, usual, **both)
+    tabled = usual | syn.tabled(usual["x"], np.ones(shape[0]))
+    del tabled["weight"]
+    yield Case("nb_log_prob_sum/unweighted, table", sums, tabled, {"method": "table"}, **both)
+    yield Case("nb_log_prob_sum/weighted", sums, usual | {"weight": weight}, **both)
+    yield Case("nb_log_prob_sum/r per cell and gene", sums, per_cell | {"weight": weight}, **both)
+    yield Case("nb_log_prob_sum/plain form", sums, usual | {"weight": weight}, **both, **plain)
+    tabled = usual | syn.tabled(usual["x"], weight)
+    yield Case(
+        "nb_log_prob_sum/counts, weights and table carry no gradient",
+        sums,
+        tabled,
+        {"method": "table"},
+        differentiate=("x", "mu", "r", "weight", "table"),
+        none=("x", "weight", "table"),
+        taylor=False,
+        quantities=("value", "gradient"),
+    )
+
     log_r = np.concatenate([np.linspace(-9.0, 9.0, 11), [-12.0, -9.5, 9.5, 30.0]])
     yield Case(
         "inverse_dispersion/inside and outside",
@@ -153,6 +187,11 @@ def likelihood() -> Iterator[Case]:
         {"beta": 2.5},
         **leaves,
     )
+    tabled = elbo | syn.tabled(elbo["x"], weight)
+    yield Case("elbo_loss/weighted, by the count table", "likelihood.elbo_loss", tabled, {"beta": 2.5}, **leaves)
+    tabled = elbo | syn.tabled(elbo["x"], np.ones(7))
+    del tabled["weight"]
+    yield Case("elbo_loss/unweighted, by the count table", "likelihood.elbo_loss", tabled, **leaves)
 
 
 def _map(name: str, *lead: int, d: int = 5) -> tuple[np.ndarray, np.ndarray]:

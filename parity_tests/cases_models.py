@@ -204,6 +204,17 @@ def losses() -> Iterator[Case]:
             config = syn.configuration(vae__scale=scale, vae__dispersion=dispersion, vae__input=kind)
             quantities = QUANTITIES if scale == "library" else FIRST
             yield _loss("vae", f"{scale}, {dispersion}, {kind}", config, quantities=quantities)
+    for stage, prefix in (("vae", ""), ("joint", "cells_")):
+        cells = syn.vae_batch()
+        table = {f"{prefix}{name}": value for name, value in syn.tabled(cells["counts"], cells["weight"]).items()}
+        yield _loss(stage, "count table", syn.configuration(), batch=table, quantities=FIRST)
+        yield _loss(
+            stage,
+            "count table that a dispersion per tissue does not use",
+            syn.configuration(vae__dispersion="gene-tissue"),
+            batch=table,
+            quantities=FIRST,
+        )
     yield _loss("vae", "beta zero", syn.configuration(), beta=0.0, quantities=FIRST)
     settings: dict[str, dict[str, Any]] = {
         "penalty active": {},
@@ -254,10 +265,21 @@ def _state_tree(state: Any) -> dict[str, Any]:
     return {name: getattr(state, name) for name in ("params", "m", "v", "count", "carry")}
 
 
-def _step_case(stage: str, label: str, config: Config, *, n_micro: int = 1, count: int = 3, **changes: Any) -> Case:
-    params = syn.parameters(config)
-    moving = syn.trainable(stage, params)
+def step_case(
+    stage: str,
+    label: str,
+    config: Config,
+    *,
+    n_micro: int = 1,
+    count: int = 3,
+    trained: tuple[str, ...] = (),
+    **changes: Any,
+) -> Case:
+    """One step of a stage from a shared state; `trained` names the parameters where not all of the stage's are."""
+    params = syn.parameters_of(stage, config)
+    moving = {name: p for name, p in syn.trainable(stage, params).items() if not trained or name in trained}
     m, v = syn.moments(moving)
+    module = "flow_steps" if stage in ("cvae", "flow") else "steps"
     inputs = {
         "params": params,
         "m": m,
@@ -272,7 +294,9 @@ def _step_case(stage: str, label: str, config: Config, *, n_micro: int = 1, coun
         state = f.steps.init_state(
             a["params"], trainable=tuple(moving), m=a["m"], v=a["v"], count=count, carry=a["carry"], dtype=_dtype(a)
         )
-        state, metrics = getattr(f.steps, f"{stage}_step")(state, a["batch"], a["noise"], a["hyper"], config=config)
+        state, metrics = getattr(getattr(f, module), f"{stage}_step")(
+            state, a["batch"], a["noise"], a["hyper"], config=config
+        )
         return {**_state_tree(state), "metrics": {k: v for k, v in metrics.items() if k != "ok"}}
 
     def oracle(a: Any) -> Any:
@@ -283,7 +307,7 @@ def _step_case(stage: str, label: str, config: Config, *, n_micro: int = 1, coun
 
     return Case(
         f"{stage}_step/{label}",
-        f"steps.{stage}_step",
+        f"{module}.{stage}_step",
         inputs,
         quantities=("value",),
         run=run,
@@ -300,11 +324,11 @@ def _dtype(arguments: Any) -> str:
 def steps() -> Iterator[Case]:
     config = syn.configuration()
     for stage in ("vae", "operator", "joint"):
-        yield _step_case(stage, "shared state, clipped, decayed", config)
+        yield step_case(stage, "shared state, clipped, decayed", config)
         loose = syn.configuration(**{f"stage_{stage}__max_norm": 1e6, f"stage_{stage}__weight_decay": 0.0})
-        yield _step_case(stage, "two micro-batches, not clipped", loose, n_micro=2, count=40)
-    yield _step_case("operator", "bases", syn.configuration(operator__spectral_target="bases"), n_micro=2)
-    yield _step_case("vae", "first step", config, count=0)
+        yield step_case(stage, "two micro-batches, not clipped", loose, n_micro=2, count=40)
+    yield step_case("operator", "bases", syn.configuration(operator__spectral_target="bases"), n_micro=2)
+    yield step_case("vae", "first step", config, count=0)
 
     names = {"a": (3, 5), "b": (7,)}
     tree = lambda what, scale=1.0: {k: normal(f"{what}.{k}", *shape, scale=scale) for k, shape in names.items()}

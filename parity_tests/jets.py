@@ -279,6 +279,36 @@ def relu(x: Jet) -> Jet:
     return Jet(part(out.v, x.v), part(out.a, x.a), part(out.b, x.b), part(out.ab, x.ab))  # type: ignore[arg-type]
 
 
+def leaky_relu(x: Jet, slope: float) -> Jet:
+    """x above 0, slope x below; the derivative at 0 is the slope."""
+    above = x.value > 0
+    factor = np.where(above, WIDE(1), WIDE(slope))
+
+    def part(number: Number | None) -> Number | None:
+        if number is None:
+            return None
+        value = number.value * factor
+        return Number(value, number.error * _magnitude(factor) + np.where(above, 0.0, _magnitude(value)))
+
+    return Jet(part(x.v), part(x.a), part(x.b), part(x.ab))  # type: ignore[arg-type]
+
+
+def silu(x: Jet) -> Jet:
+    """x sigmoid(x)."""
+    v, error = x.value, x.v.error
+    p, q = 1 / (1 + np.exp(-v)), 1 / (1 + np.exp(v))
+    slope, bend = p * q, p * q * (q - p)  # first and second derivative of the sigmoid
+    value, first, second = v * p, p + v * slope, 2 * slope + v * bend
+    third = 3 * bend + v * slope * (1 - 6 * slope)
+    # Frameworks form these sums term by term: where the terms cancel, their sizes are what is rounded.
+    return compose(
+        [x],
+        Number(value, _magnitude(first) * error + _magnitude(value)),
+        [Number(first, _magnitude(second) * error + _magnitude(p + np.abs(v) * slope))],
+        [[Number(second, _magnitude(third) * error + _magnitude(2 * slope + np.abs(v) * p * q * (p + q)))]],
+    )
+
+
 def clip(x: Jet, low: float, high: float) -> Jet:
     """Clip with derivative 1 strictly inside, 0 outside and at the bounds."""
     inside = ((x.value > low) & (x.value < high)).astype(np.float64)

@@ -19,13 +19,16 @@ from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
-from parity_tests.backend_checks import CHECKS
+from parity_tests import backend_checks, backend_checks_flow, mutant_list, mutant_list_flow
 from parity_tests.cases import Case, all_cases
 from parity_tests.compare import compare, oracle_of
-from parity_tests.mutant_list import EQUIVALENT, JAX, TORCH
 from parity_tests.sides import Evaluation, Namespace, Side
 
 TIER = "float64"
+JAX, TORCH = mutant_list.JAX + mutant_list_flow.JAX, mutant_list.TORCH + mutant_list_flow.TORCH
+EQUIVALENT = mutant_list.EQUIVALENT | mutant_list_flow.EQUIVALENT
+CHECKS = backend_checks.CHECKS | backend_checks_flow.CHECKS
+FLOW_MODULES = ("cvae", "discriminator", "flow", "integrate", "flow_steps")
 # Second derivatives take most of the time; they are compared where a first derivative noticed nothing.
 FIRST, SECOND = ("hvp",), ("value", "gradient", "jvp")
 
@@ -180,6 +183,7 @@ def relevant(mutant: Mutant) -> list[Case]:
     seen = dependents(mutant.package, mutant.module)
     cases = [case for case in all_cases() if case.module in seen and TIER in case.dtypes]
     cost = {"joint_loss": 9, "joint_step": 10, "vae_loss": 5, "operator_loss": 6, "vae_step": 7, "operator_step": 8}
+    cost |= {"flow_loss": 5, "cvae_loss": 6, "flow_step": 7, "cvae_step": 8}
     return sorted(cases, key=lambda case: (case.module != mutant.module, cost.get(case.group, 0)))
 
 
@@ -217,13 +221,17 @@ def _run_checks(mutant: Mutant, package: str, tried: Callable[[str, Callable[[],
     near = [case for case in cases if case.module == mutant.module]
     far = [case for case in cases if case.module != mutant.module]
     # What is near the fault and cheap comes first; any() stops where `tried` says so.
-    near_first = (
-        (map(first, near), map(second, near)) if mutant.module != "steps" else (map(first, near), map(loop, CHECKS))
-    )
-    rest = (map(first, far), map(second, far), map(loop, CHECKS)) if mutant.module != "steps" else (map(second, near),)
-    if mutant.module in ("bridge", "probe"):
-        near_first, rest = (map(loop, CHECKS),), (map(first, cases),)
-    any(any(group) for group in (*near_first, *rest))
+    checks = [name for name in CHECKS if mutant.module not in FLOW_MODULES or name in backend_checks_flow.CHECKS]
+    if mutant.module == "steps":
+        groups = (map(first, near), map(loop, checks), map(first, far), map(second, near))
+    elif mutant.module in ("bridge", "probe"):
+        groups = (map(loop, checks), map(first, cases))
+    elif mutant.module in FLOW_MODULES:  # its misuses are checked in seconds, far cases take minutes
+        quick, slow = checks[:2], checks[2:]
+        groups = (map(first, near), map(loop, quick), map(second, near), map(first, far), map(loop, slow))
+    else:
+        groups = (map(first, near), map(second, near), map(first, far), map(second, far), map(loop, checks))
+    any(any(group) for group in groups)
 
 
 def _broken(check: Callable[[Namespace], str], package: str) -> bool:

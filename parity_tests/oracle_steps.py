@@ -9,6 +9,7 @@ import numpy as np
 
 from parity_tests import jets
 from parity_tests.jets import WIDE, Array, Jet, Number, jet
+from parity_tests.oracle_flow import cvae_loss, discriminator_loss, flow_loss
 from parity_tests.oracles import (
     NBVAE,
     ConditionEncoder,
@@ -24,7 +25,7 @@ from parity_tests.oracles import (
     spectral_penalty,
     weighted_mean,
 )
-from pf_core.config import NORMALISED_TOTAL, Config, StageConfig
+from pf_core.config import NORMALISED_TOTAL, Config
 
 Tree = Mapping[str, Any]
 Losses = tuple[Jet, tuple[dict[str, Jet], dict[str, Any]]]
@@ -129,43 +130,80 @@ def loss_of(stage: str, params: Tree, batch: Tree, noise: Tree, carry: Tree, con
         return loss, (parts, dict(carry))
     if stage == "operator":
         return operator_loss(params, batch, noise, carry, config=config)
+    if stage == "flow":
+        loss, (parts, _) = flow_loss(params, batch, noise, config=config)
+        return loss, (parts, dict(carry))
+    if stage == "discriminator":  # the first player of stage "cvae"
+        return discriminator_loss(params, batch, noise, carry, config=config)
+    if stage == "cvae":
+        return cvae_loss(params, batch, noise, carry, config=config, beta=beta)
     return joint_loss(params, batch, noise, carry, config=config, beta=beta)
 
 
-def stage_config(stage: str, config: Config) -> StageConfig:
-    return {"vae": config.stage_vae, "operator": config.stage_operator, "joint": config.stage_joint}[stage]
+def evaluation(stage: str, params: Tree, batch: Tree, noise: Tree, carry: Tree, config: Config, beta: Any) -> Tree:
+    """The parts and the loss as `evaluate` reports them: stage "cvae" with running statistics, both players' parts."""
+    if stage != "cvae":
+        loss, (parts, _) = loss_of(stage, params, batch, noise, carry, config, beta)
+        return {**parts, "loss": loss}
+    _, (first, _) = discriminator_loss(params, batch, noise, carry, config=config, train=False)
+    loss, (second, _) = cvae_loss(params, batch, noise, carry, config=config, beta=beta, train=False)
+    return {**first, **second, "loss": loss}
+
+
+def _averaged(
+    stage: str, params: Tree, names: list[str], batch: Tree, noise: Tree, carry: Tree, config: Config, beta: Any
+) -> tuple[dict[str, Jet], Jet, dict[str, Jet], dict[str, Any]]:
+    """Gradient, loss and parts, averaged over micro-batches, and the carry that passed through them."""
+    n_micro = next(iter(batch.values())).shape[0]
+    trained = {name: np.asarray(params[name]) for name in names}
+    losses, parts, grads = [], [], []
+    for i in range(n_micro):
+        micro, draws = ({k: v[i] for k, v in tree.items()} for tree in (batch, noise))
+        seeded = {**params, **jets.seed(trained, None)}
+        loss, (part, carry) = loss_of(stage, seeded, micro, draws, carry, config, beta)
+        losses.append(loss.stop())
+        parts.append(part)
+        grads.append(_gradient(loss, trained))
+    mean = lambda items: jets.stack(items).mean(-items[0].ndim - 1) if n_micro > 1 else items[0]
+    gradient = {name: mean([g[name] for g in grads]) for name in names}
+    return gradient, mean(losses), {name: mean([part[name] for part in parts]) for name in parts[0]}, dict(carry)
 
 
 def step(stage: str, state: Tree, batch: Tree, noise: Tree, hyper: Tree, *, config: Config) -> dict[str, Any]:
     """One step on the state {params, frozen, m, v, count, carry}: the new state and the metrics, as a tree of jets.
 
-    Leaves of batch and noise have a leading micro-batch axis, over which gradients, loss and parts are averaged.
+    Leaves of batch and noise have a leading micro-batch axis, over which gradients, loss and parts are averaged. Stage
+    "cvae" has two players: the second sees what the first has become, and each has its own clip.
     """
-    trainable = {name: np.asarray(value) for name, value in state["params"].items()}
-    n_micro = next(iter(batch.values())).shape[0]
-    carry, losses, parts, grads = dict(state["carry"]), [], [], []
-    for i in range(n_micro):
-        seeded = jets.seed(trainable, None)
-        micro, draws = ({k: v[i] for k, v in tree.items()} for tree in (batch, noise))
-        loss, (part, carry) = loss_of(stage, {**state["frozen"], **seeded}, micro, draws, carry, config, hyper["beta"])
-        losses.append(loss.stop())
-        parts.append(part)
-        grads.append(_gradient(loss, trainable))
-    mean = lambda items: jets.stack(items).mean(-items[0].ndim - 1) if n_micro > 1 else items[0]
-    gradient = {name: mean([g[name] for g in grads]) for name in trainable}
-    settings = stage_config(stage, config)
-    clipped, norm = clip_by_global_norm(gradient, settings.max_norm)
-    params, m, v, count = adam_update(
-        trainable, clipped, state["m"], state["v"], state["count"], lr=hyper["lr"], weight_decay=settings.weight_decay
-    )
-    norms = [jets.sqrt((g * g).sum()).reshape(1) for _, g in sorted(gradient.items())]
+    settings = getattr(config, f"stage_{stage}")
+    players = {stage: list(state["params"])}
+    if stage == "cvae":
+        first = [name for name in state["params"] if name.startswith("discriminator.")]
+        players = {"discriminator": first, "cvae": [name for name in state["params"] if name not in first]}
+    params, carry = {**state["frozen"], **state["params"]}, dict(state["carry"])
+    new: dict[str, Any] = {"params": {}, "m": {}, "v": {}}
+    loss, parts, gradient, norms = None, {}, {}, []
+    for player, names in players.items():
+        found, loss, part, after = _averaged(player, params, names, batch, noise, carry, config, hyper["beta"])
+        parts = parts | part
+        if not names:  # it reports, and changes nothing
+            continue
+        clipped, norm = clip_by_global_norm(found, settings.max_norm)
+        old = ({name: tree[name] for name in names} for tree in (state["params"], clipped, state["m"], state["v"]))
+        moved, m, v, new["count"] = adam_update(
+            *old, state["count"], lr=hyper["lr"], weight_decay=settings.weight_decay
+        )
+        params |= moved
+        for key, tree in (("params", moved), ("m", m), ("v", v)):
+            new[key] |= tree
+        carry, gradient, norms = after, gradient | found, [*norms, norm]
     metrics = {
-        "loss": mean(losses),
-        "grad_norm": norm,
-        "parts": {name: mean([part[name] for part in parts]) for name in parts[0]},
-        "param_grad_norm": jets.concatenate(norms),
+        "loss": loss,
+        "grad_norm": norms[0] if len(norms) == 1 else jets.sqrt(norms[0] * norms[0] + norms[1] * norms[1]),
+        "parts": parts,
+        "param_grad_norm": jets.concatenate([jets.sqrt((g * g).sum()).reshape(1) for _, g in sorted(gradient.items())]),
     }
-    return {"params": params, "m": m, "v": v, "count": count, "carry": carry, "metrics": metrics}
+    return {**new, "carry": carry, "metrics": metrics}
 
 
 def _gradient(loss: Jet, leaves: Mapping[str, Array]) -> dict[str, Jet]:

@@ -70,6 +70,14 @@ def nb_log_prob(x: Any, mu: Any, r: Any, *, method: str = "stable") -> Jet:
     return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
 
 
+def nb_log_prob_sum(
+    x: Any, mu: Any, r: Any, *, weight: Any = None, method: str = "stable", table: Any = None, tail: Any = None
+) -> Jet:
+    """The sum that the table stands for, from all counts; table and tail are not looked at."""
+    elements = special.nb_log_prob_elements(data(x), jet(mu), jet(r), method).sum(-1)
+    return (elements if weight is None else elements * data(weight)).sum()
+
+
 def inverse_dispersion(log_r: Any) -> Jet:
     return jets.exp(strict_clip(log_r, math.log(R_MIN), math.log(R_MAX)))
 
@@ -85,7 +93,16 @@ def reparameterize(mu: Any, logvar: Any, eps: Any) -> Jet:
 
 
 def elbo_loss(
-    x: Any, mu: Any, r: Any, z_mu: Any, z_logvar: Any, *, beta: Any = 1.0, weight: Any = None
+    x: Any,
+    mu: Any,
+    r: Any,
+    z_mu: Any,
+    z_logvar: Any,
+    *,
+    beta: Any = 1.0,
+    weight: Any = None,
+    table: Any = None,
+    tail: Any = None,
 ) -> tuple[Jet, dict[str, Jet]]:
     nll = weighted_mean(-nb_log_prob(x, mu, r), weight)
     kl = weighted_mean(gaussian_kl(z_mu, z_logvar), weight)

@@ -29,7 +29,13 @@ MODULES = (
     "operators",
     "distances",
     "spectral",
+    "cvae",
+    "discriminator",
+    "flow",
+    "integrate",
+    "coupling",
     "steps",
+    "flow_steps",
     "probe",
     "bridge",
 )
@@ -310,10 +316,10 @@ def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Eval
 
 # --- oracle ----------------------------------------------------------------------------------------------------
 def oracle_namespace() -> types.SimpleNamespace:
-    from parity_tests import oracle_steps, oracles
+    from parity_tests import oracle_flow, oracle_steps, oracles
 
-    both = types.SimpleNamespace(**{**vars(oracle_steps), **vars(oracles)})
-    return types.SimpleNamespace(**dict.fromkeys(MODULES, both))
+    everything = types.SimpleNamespace(**{**vars(oracle_flow), **vars(oracle_steps), **vars(oracles)})
+    return types.SimpleNamespace(**dict.fromkeys(MODULES, everything))
 
 
 def evaluate_oracle(case: Case, *, shift: float = 0.0, derivatives: bool = True) -> Evaluation:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from parity_tests import synthetic as syn
-from parity_tests.backend_checks import CHECKS
 from parity_tests.bisect import trace
 from parity_tests.cases import by_name
+from parity_tests.mutants import CHECKS
 from parity_tests.sides import Namespace, Side
 from parity_tests.trajectories import advance, backend_of, start
 
@@ -30,27 +30,39 @@ def test_backend(twin: str, check: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vae_loss/library, gene, log1p", "operator_loss/penalty active", "joint_loss/library"]
+    "name",
+    [
+        "vae_loss/library, gene, log1p",
+        "operator_loss/penalty active",
+        "joint_loss/library",
+        "cvae_loss/entropy, training",
+        "discriminator_loss/dropout",
+        "flow_loss/network",
+        "flow_loss/no network",
+    ],
 )
 def test_twins_record_the_same_intermediates_in_the_same_order(name: str) -> None:
     one, two = (list(trace(Side(framework), by_name(name))[0]) for framework in ("jax", "torch"))
     assert one == two
 
 
+@pytest.mark.parametrize("stage", ["operator", "cvae"])
 @pytest.mark.parametrize(("writer", "reader"), [("jax", "torch"), ("torch", "jax")])
-def test_a_checkpoint_of_one_twin_is_read_by_the_other_bit_for_bit(writer: str, reader: str, tmp_path) -> None:
+def test_a_checkpoint_of_one_twin_is_read_by_the_other_bit_for_bit(
+    writer: str, reader: str, stage: str, tmp_path
+) -> None:
     from pf_core.checkpoint import load_arrays, save_arrays
 
     config = syn.configuration()
     one, two = (backend_of(name, "float32") for name in (writer, reader))
-    export, _ = advance(one, "operator", start("operator", config), 0, 3, config)
+    export, _ = advance(one, stage, start(stage, config), 0, 3, config)
     trees = ("params", "m", "v", "carry")
     flat = {f"{tree}/{name}": value for tree in trees for name, value in export[tree].items()}
     digest = save_arrays(tmp_path / "state.safetensors", flat)
     read = load_arrays(tmp_path / "state.safetensors", digest)
     back = {tree: {k.split("/", 1)[1]: v for k, v in read.items() if k.startswith(tree + "/")} for tree in trees}
     state = two.init(
-        "operator",
+        stage,
         back["params"],
         trainable=tuple(back["m"]),
         m=back["m"],

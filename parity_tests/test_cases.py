@@ -10,7 +10,7 @@ from parity_tests.compare import Report, run_case
 from parity_tests.sides import Side
 
 # Second derivatives of the losses compile for long; the float32 ones are left to `pf parity`.
-LONG = ("vae_loss", "operator_loss", "joint_loss")
+LONG = ("vae_loss", "operator_loss", "joint_loss", "cvae_loss", "flow_loss", "integrate")
 
 
 def pairs() -> list[tuple[Case, str]]:

@@ -6,7 +6,7 @@ import pytest
 
 from parity_tests import trajectories
 
-STAGES = ("vae", "operator", "joint")
+STAGES = ("vae", "operator", "joint", "cvae", "flow")
 SHORT, LONG = 30, 1000
 
 
@@ -25,7 +25,7 @@ def check(stage: str, dtype: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("stage", ["vae", "operator"])
+@pytest.mark.parametrize("stage", ["vae", "operator", "cvae", "flow"])
 def test_short_trainings_stay_together(stage: str, dtype: str) -> None:
     check(stage, dtype, SHORT)
 
@@ -38,8 +38,9 @@ def test_long_trainings_stay_together(stage: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("order", [("torch", "jax"), ("jax", "torch")])
-def test_a_swap_in_mid_run_changes_nothing(order: tuple[str, str]) -> None:
-    assert trajectories.swapped("operator", "float64", SHORT, order) < 1e-10
+@pytest.mark.parametrize("stage", ["operator", "cvae"])
+def test_a_swap_in_mid_run_changes_nothing(stage: str, order: tuple[str, str]) -> None:
+    assert trajectories.swapped(stage, "float64", SHORT, order) < 1e-10
 
 
 @pytest.mark.slow

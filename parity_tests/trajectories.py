@@ -13,7 +13,8 @@ from pf_core.noise import generator
 
 CHUNK = 50  # steps per call; the state is exported between chunks only when asked
 NUDGE_EVERY = 5
-LEARNING_RATE = {"vae": 2.0**-10, "operator": 2.0**-10, "joint": 2.0**-13}  # about the defaults of the stages
+# About the defaults of the stages.
+LEARNING_RATE = {"vae": 2.0**-10, "operator": 2.0**-10, "joint": 2.0**-13, "cvae": 2.0**-10, "flow": 2.0**-10}
 
 
 def backend_of(framework: str, dtype: str, device: str = "cpu") -> Any:
@@ -29,7 +30,7 @@ def backend_of(framework: str, dtype: str, device: str = "cpu") -> Any:
 
 def start(stage: str, config: Config) -> dict[str, Any]:
     """An export as at step 0: parameters off their initial values, moments zero."""
-    params = syn.parameters(config, off=0.1)
+    params = syn.parameters_of(stage, config, off=0.1)
     moving = syn.trainable(stage, params)
     zeros = {name: np.zeros_like(value) for name, value in moving.items()}
     return {"params": params, "m": zeros, "v": dict(zeros), "count": 0, "carry": syn.carry_of(stage, config)}
@@ -70,10 +71,11 @@ def advance(
 
 
 def gap(one: dict[str, Any], two: dict[str, Any]) -> float:
-    """Largest difference of a trained parameter, relative to the parameter's largest entry."""
+    """Largest difference of a trained parameter or a running statistic, relative to its largest entry."""
     worst = 0.0
-    for name in one["m"]:
-        a, b = (np.asarray(tree["params"][name], np.float64) for tree in (one, two))
+    statistics = [("carry", name) for name in one["carry"] if name.startswith("cvae.")]
+    for place, name in [("params", name) for name in one["m"]] + statistics:
+        a, b = (np.asarray(tree[place][name], np.float64) for tree in (one, two))
         worst = max(worst, float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-12)))
     return worst
 

@@ -44,6 +44,8 @@ def bench(
 ) -> int:
     """Measure, write OUT/bench.json, OUT/bench.md and plots, and judge.
 
+    Where OUT holds results of the same machine and versions, those of other suites, devices and settings stay.
+
     Args:
         devices: "cpu", "gpu".
         suites: names of suites; none for all.
@@ -62,7 +64,8 @@ def bench(
         0, or 1 when sides do not agree, a suite failed, or a ratio was lost.
 
     Raises:
-        ConfigError: an unknown name, a device or a framework that is missing, data or committed results that are.
+        ConfigError: an unknown name, a device or a framework that is missing, data or committed results that are, or
+            some suites for an OUT that holds results of another machine or of other versions.
     """
     suites = tuple(suites) or SUITES
     for label, given, known in (("suite", suites, SUITES), ("device", devices, DEVICES), ("malloc", mallocs, _MALLOCS)):
@@ -97,13 +100,58 @@ def bench(
         "skipped": [],
         "failed": [],
     }
+    kept = _kept(out / "bench.json", record, devices, suites, mallocs)
     for context in contexts.values():
         for suite in suites:
             _suite(record, suite, context, mallocs, say)
     record["targets"] = judged(record)
-    drawings = pictures(record)
-    _write(out, record, drawings)
+    whole = _joined(kept, record) if kept else record
+    _write(out, whole, pictures(whole))
     return _summary(record, committed, out, say)
+
+
+def _kept(
+    path: Path, record: dict[str, Any], devices: Sequence[str], suites: Sequence[str], mallocs: Sequence[str]
+) -> dict[str, Any] | None:
+    """What an earlier record has of the same machine and versions and what this run will not measure; None for nothing.
+
+    Raises:
+        ConfigError: this run is of some suites only, and what lies there cannot stand beside it.
+    """
+    if not path.exists():
+        return None
+    try:
+        before = read(path)
+        different = [name for name in ("machine", "versions", "quick") if before.get(name) != record[name]]
+    except ConfigError:
+        different = ["format"]
+    if different:
+        if set(suites) == set(SUITES):
+            return None
+        raise ConfigError(
+            f"{path} has other {', '.join(different)} than this run, which is of some suites only; choose another --out"
+        )
+    again = lambda entry: entry["device"] in devices and entry["suite"] in suites
+    parts = lambda name: dict(zip(("device", "suite"), name.split("/"), strict=False))
+    before["rows"] = [row for row in before["rows"] if not (again(row) and row["malloc"] in mallocs)]
+    before["memory"] = {name: found for name, found in before["memory"].items() if not again(parts(name))}
+    for word in ("skipped", "failed"):
+        before[word] = [entry for entry in before[word] if not again(entry)]
+    return before
+
+
+def _joined(before: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """Both records as one, suites in their usual order."""
+    place = lambda entry: SUITES.index(entry["suite"])
+    commands = dict.fromkeys([*before["command"].split("; "), record["command"]])
+    whole = record | {
+        "command": "; ".join(commands),
+        "devices": before["devices"] | record["devices"],
+        "waited": before["waited"] + record["waited"],
+        "memory": before["memory"] | record["memory"],
+        **{word: sorted(before[word] + record[word], key=place) for word in ("rows", "skipped", "failed")},
+    }
+    return whole | {"targets": judged(whole)}
 
 
 _MALLOCS = ("tuned", "default")

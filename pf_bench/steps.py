@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 import pf_jax.steps
 import pf_torch.steps
@@ -23,6 +25,7 @@ from pf_bench.problems import (
     vae_problem,
 )
 from pf_core.config import Config
+from pf_core.count_table import count_table, tail_sizes
 from pf_core.noise import normal
 
 __all__ = ["cases"]
@@ -53,8 +56,28 @@ def cases(context: Context) -> list[Case]:
 
 # --- the twins ----------------------------------------------------------------------------------------------------
 
+TABLES = "a call makes the count tables of its steps of CSR rows, as the data loader does"
 
-def jax_steps(stage: str, params: Any, problem: Problem, config: Config, steps: int, device: str) -> Side:
+
+def _tables(batch: dict[str, np.ndarray], *lead: int) -> Callable[[], dict[str, np.ndarray]]:
+    """What makes the count tables of a batch that has counts of cells, one for each of the leading axes' steps."""
+    prefix = next((prefix for prefix in ("", "cells_") if f"{prefix}counts" in batch), None)
+    if prefix is None:
+        return dict
+    rows: Any = sparse.csr_matrix(batch[f"{prefix}counts"])
+    weight, n_tail = batch[f"{prefix}weight"], int(tail_sizes(rows).sum())
+
+    def make() -> dict[str, np.ndarray]:
+        made = [count_table(rows, weight, n_tail) for _ in range(math.prod(lead))]
+        stacked = {name: np.stack([one[name] for one in made]) for name in made[0]}
+        return {prefix + name: value.reshape(*lead, *value.shape[1:]) for name, value in stacked.items()}
+
+    return make
+
+
+def jax_steps(
+    stage: str, params: Any, problem: Problem, config: Config, steps: int, device: str, *, tables: bool = True
+) -> Side:
     """`steps` steps of the JAX twin in one call; with 0, one step by its own function."""
     import jax
 
@@ -62,6 +85,7 @@ def jax_steps(stage: str, params: Any, problem: Problem, config: Config, steps: 
     count = max(steps, 1)
     lead = (count, 1) if steps else (1,)
     data = jax_put((repeat(batch, *lead), repeat(noise, *lead), hypers(config, stage, count)), device)
+    make = _tables(batch, *lead) if tables else dict
     single = {"vae": pf_jax.vae_step, "operator": pf_jax.operator_step, "joint": pf_jax.joint_step}[stage]
     hyper = {name: value[0] for name, value in data[2].items()}
 
@@ -70,19 +94,29 @@ def jax_steps(stage: str, params: Any, problem: Problem, config: Config, steps: 
         return jax.device_put(state, jax.devices(device)[0])
 
     def run(state: Any) -> tuple[Any, Any]:
+        batches = data[0] | jax_put(make(), device)
         if steps:
-            return pf_jax.run_steps(stage, state, *data, config=config)  # type: ignore[arg-type]
-        return single(state, data[0], data[1], hyper, config=config)
+            return pf_jax.run_steps(stage, state, batches, *data[1:], config=config)  # type: ignore[arg-type]
+        return single(state, batches, data[1], hyper, config=config)
 
-    return _stateful(fresh, run, jax.block_until_ready, count)
+    return _stateful(fresh, run, jax.block_until_ready, count, TABLES if make() else "")
 
 
 def torch_steps(
-    stage: str, params: Any, problem: Problem, config: Config, steps: int, device: str, *, compile: bool = False
+    stage: str,
+    params: Any,
+    problem: Problem,
+    config: Config,
+    steps: int,
+    device: str,
+    *,
+    compile: bool = False,
+    tables: bool = True,
 ) -> Side:
     """`steps` steps of the PyTorch twin."""
     batch, noise, carry = problem
     data = torch_put((repeat(batch, steps, 1), repeat(noise, steps, 1), hypers(config, stage, steps)), device)
+    make = _tables(batch, steps, 1) if tables else dict
     place = "cuda" if device == "gpu" else device
 
     def fresh() -> Any:
@@ -90,9 +124,10 @@ def torch_steps(
         return pf_torch.steps.init_state(params, trainable=names, carry=carry, device=place)
 
     def run(state: Any) -> tuple[Any, Any]:
-        return pf_torch.run_steps(stage, state, *data, config=config, compile=compile)
+        batches = data[0] | torch_put(make(), device)
+        return pf_torch.run_steps(stage, state, batches, *data[1:], config=config, compile=compile)
 
-    return _stateful(fresh, run, lambda result: _finished(result, device), steps)
+    return _stateful(fresh, run, lambda result: _finished(result, device), steps, TABLES if make() else "")
 
 
 def _finished(result: Any, device: str) -> Any:
@@ -103,7 +138,7 @@ def _finished(result: Any, device: str) -> Any:
     return result
 
 
-def _stateful(fresh: Callable, run: Callable, wait: Callable, steps: int) -> Side:
+def _stateful(fresh: Callable, run: Callable, wait: Callable, steps: int, note: str = "") -> Side:
     """A side whose state goes on from call to call; its output is loss and gradient norm of the first steps."""
     held: list[Any] = []
 
@@ -119,7 +154,7 @@ def _stateful(fresh: Callable, run: Callable, wait: Callable, steps: int) -> Sid
             norms.append(np.atleast_1d(_numpy(metrics["grad_norm"])))
         return {"loss": np.concatenate(losses)[:STEPS], "gradient norm": np.concatenate(norms)[:STEPS]}
 
-    return Side(call, output, steps)
+    return Side(call, output, steps, note)
 
 
 def _numpy(value: Any) -> np.ndarray:
@@ -253,9 +288,10 @@ def overhead(context: Context, steps: int) -> Case:
         batch, noise = vae_problem(8, 16, 4)
         problem = batch, noise, {}
         return {
-            "jax": jax_steps("vae", params, problem, config, steps, context.device),
-            "jax, one step a call": jax_steps("vae", params, problem, config, 0, context.device),
-            "torch": torch_steps("vae", params, problem, config, steps, context.device),
+            # Without the loader's count table: what is measured is the way to the device.
+            "jax": jax_steps("vae", params, problem, config, steps, context.device, tables=False),
+            "jax, one step a call": jax_steps("vae", params, problem, config, 0, context.device, tables=False),
+            "torch": torch_steps("vae", params, problem, config, steps, context.device, tables=False),
         }
 
     targets = (Target("seconds", 20e-6),) if steps == 64 and context.device == "cpu" else ()

@@ -15,6 +15,7 @@ import numpy as np
 from pf_core import noise
 from pf_core.backends import Arrays
 from pf_core.config import Config
+from pf_core.count_table import count_table, tail_sizes
 from pf_core.data import Dataset, Group
 from pf_core.labels import CONTROL, codes
 
@@ -89,18 +90,26 @@ class CellSource:
         self.tissue = vocabulary.codes("tissues", dataset.tissue)
         self.library = dataset.library().astype(config.dtype)
         self.size = min(batch_size, len(train))
+        self.n_tail = self._most_in_tail() if config.vae.dispersion == "gene" else None
+
+    def _most_in_tail(self) -> int:
+        """More counts than a batch of any cells can have beyond the table."""
+        read = np.concatenate([self.train, self.held])
+        found = [tail_sizes(counts) for _, counts in self.dataset.blocks(read)]
+        return int(np.sort(np.concatenate(found))[-self.size :].sum())
 
     def cells(self, indices: np.ndarray, size: int) -> Arrays:
-        """A batch of these cells, padded with weight 0 to a fixed size."""
+        """A batch of these cells, padded with weight 0 to a fixed size; with a count table where r is one per gene."""
         pad = size - len(indices)
         dtype = self.config.dtype
-        counts = np.pad(self.dataset.dense(indices, dtype), ((0, pad), (0, 0)))
-        return {
-            "counts": counts,
+        rows, weight = self.dataset.rows(indices), np.ones(len(indices), dtype)
+        batch = {
+            "counts": np.pad(rows.toarray().astype(dtype, copy=False), ((0, pad), (0, 0))),
             "tissue": np.pad(self.tissue[indices], (0, pad)),
             "library": np.pad(self.library[indices], (0, pad), constant_values=1.0),
-            "weight": np.pad(np.ones(len(indices), dtype), (0, pad)),
+            "weight": np.pad(weight, (0, pad)),
         }
+        return batch if self.n_tail is None else batch | count_table(rows, weight, self.n_tail, dtype=dtype)
 
     def eps(self, name: str, index: int) -> Arrays:
         """The posterior's noise for one batch."""

@@ -96,12 +96,19 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="continue this run instead")] = None,
     backend: Backend = "jax",
     device: Device = "cpu",
+    system: Annotated[
+        Literal["operator", "flow"] | None, typer.Option(help="operator (default): perturbations; flow: time courses")
+    ] = None,
     holdout: Annotated[
         list[str] | None, typer.Option(help='conditions kept out, "column=value,column=value"; repeatable')
     ] = None,
     holdout_share: Annotated[float | None, typer.Option(help="share of conditions kept out at random")] = None,
     genes: Annotated[int | None, typer.Option(help="highly variable genes kept; 0 keeps all")] = None,
     features: Annotated[Path | None, typer.Option(help="CSV of perturbation features")] = None,
+    grn: Annotated[Path | None, typer.Option(help="CSV of a regulatory network (flow)")] = None,
+    beside: Annotated[
+        Path | None, typer.Option(help="finished flow run whose tissue information is shown beside this one's")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with settings")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="one setting, KEY=VALUE; repeatable")] = None,
     seed: Annotated[int | None, typer.Option(help="fixes every draw")] = None,
@@ -111,19 +118,29 @@ def train(
     tissue_column: Annotated[str | None, typer.Option(help="obs column of tissues")] = None,
     cell_type_column: Annotated[str | None, typer.Option(help="obs column of cell types")] = None,
     batch_column: Annotated[str | None, typer.Option(help="obs column of batches")] = None,
+    time_column: Annotated[str | None, typer.Option(help="numeric obs column of times (flow)")] = None,
+    timepoint_column: Annotated[str | None, typer.Option(help="obs column of time points or bins (flow)")] = None,
     covariate: Annotated[list[str] | None, typer.Option(help="numeric obs column; repeatable")] = None,
     layer: Annotated[str | None, typer.Option(help="layer that holds counts")] = None,
     min_counts: Annotated[int | None, typer.Option(help="leave out cells with fewer counts")] = None,
     backed: Annotated[bool, typer.Option("--backed", help="leave the counts in the file")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile the PyTorch steps")] = False,
 ) -> None:
-    """Train on control and perturbed cells, judge the held-out conditions, write a run directory."""
-    from pf_core import fit
+    """Train on control and perturbed cells, or a time course; judge what was held out, write a run directory."""
+    from pf_core import fit, flow_fit
+    from pf_core.checkpoint import Run
     from pf_core.errors import ConfigError
+    from pf_core.model import read_config
 
     console = _console()
+    where: dict[str, Any] = {"backend": backend, "device": device, "compile": compile, "console": console}
     if resume is not None:
-        model = fit.resume(resume, source=data, backend=backend, device=device, compile=compile, console=console)
+        flows = read_config(Run.open(resume)).system == "flow"
+        run = (
+            flow_fit.resume_flow(resume, source=data, **where)
+            if flows
+            else fit.resume(resume, source=data, **where).run
+        )
     else:
         if data is None:
             raise ConfigError("no data: give an h5ad file, or --resume RUN; pf demo needs no file")
@@ -140,24 +157,26 @@ def train(
                 "tissue": tissue_column,
                 "cell_type": cell_type_column,
                 "batch": batch_column,
+                "time": time_column,
+                "timepoint": timepoint_column,
                 "covariates": covariate,
                 "layer": layer,
                 "min_counts": min_counts,
             },
-            {"seed": seed},
+            {"seed": seed, "system": system},
         )
-        model = fit.fit(
-            data,
-            out=out,
-            backend=backend,
-            device=device,
-            compile=compile,
-            config=settings,
-            features=features,
-            backed=backed,
-            console=console,
-        )
-    console.print(f"run directory: {model.run.path} (open report.html)", highlight=False)
+        strangers = {"grn": grn, "beside": beside} if settings.system == "operator" else {"features": features}
+        for name, value in strangers.items():
+            if value is not None:
+                raise ConfigError(
+                    f"--{name} does not go with the {settings.system} system; leave it out, or see --system"
+                )
+        where |= {"out": out, "config": settings, "backed": backed}
+        if settings.system == "flow":
+            run = flow_fit.fit_flow(data, network=grn, beside=beside, **where)
+        else:
+            run = fit.fit(data, features=features, **where).run
+    console.print(f"run directory: {run.path} (open report.html)", highlight=False)
 
 
 @app.command()
@@ -404,16 +423,34 @@ def simulate(
     loy: Annotated[
         float | None, typer.Option(help="donors instead of a screen, whose cells have lost their Y at this share")
     ] = None,
+    flow: Annotated[bool, typer.Option("--flow", help="a time course instead of a screen, on a known flow")] = False,
+    network: Annotated[Path | None, typer.Option(help="CSV for the network of the time course, with --flow")] = None,
+    tissues: Annotated[int | None, typer.Option(help="number of tissues, with --flow")] = None,
 ) -> None:
-    """Simulate Perturb-seq counts with known operators, or cells of donors with known loss of the Y chromosome."""
+    """Simulate Perturb-seq counts with known operators, donors with known loss of Y, or a course on a known flow."""
     from pf_core.errors import ConfigError
     from pf_core.simulate import simulate as draw
+    from pf_core.simulate_flow import network as edges
+    from pf_core.simulate_flow import simulate_flow
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; nothing was written. Choose another name")
-    adata = draw(seed, loy=loy, **({"n_genes": genes} if genes else {}))
+    for path in filter(None, (out, network)):
+        if path.exists():
+            raise ConfigError(f"{path} exists; nothing was written. Choose another name")
+    if flow and loy is not None:
+        raise ConfigError("--flow and --loy are different cells; give one of them")
+    for name, value in {"network": network, "tissues": tissues}.items():
+        if value is not None and not flow:
+            raise ConfigError(f"--{name} goes with --flow")
+    sizes: dict[str, Any] = {name: n for name, n in {"n_genes": genes, "n_tissues": tissues}.items() if n is not None}
+    try:
+        adata = simulate_flow(seed, **sizes) if flow else draw(seed, loy=loy, **sizes)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     _write_h5ad(adata, out)
+    if network is not None:
+        edges(adata.uns["truth"]).to_csv(network, index=False)
     what = f"{adata.obs['donor'].nunique()} donors" if loy is not None else ""
+    what = f"{adata.obs['time'].nunique()} time points" if flow else what
     what = what or f"{adata.obs['perturbation'].nunique()} conditions"
     print(f"{out}: {adata.n_obs} cells, {adata.n_vars} genes, {what}")
 

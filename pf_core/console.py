@@ -8,7 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 
 Reporter = Callable[[str, int, int, dict[str, float]], None]
-TITLES = {"vae": "1 latent space", "operator": "2 operators", "joint": "3 joint fine-tuning"}
+TITLES = {
+    "vae": "1 latent space",
+    "operator": "2 operators",
+    "joint": "3 joint fine-tuning",
+    "cvae": "1 latent space and discriminator",
+    "flow": "2 vector field",
+}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from pf_core.checkpoint import Run
 from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset, Group
-from pf_core.errors import DataError, RunError, nearest
+from pf_core.errors import ConfigError, DataError, RunError, nearest
 from pf_core.evaluation import Judged, Reference
 from pf_core.initial import Parameters, Sizes, operator_parameters, vae_parameters
 from pf_core.judgement import judge_run
@@ -30,9 +30,7 @@ from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
 from pf_core.outputs import BLOCK
 from pf_core.splits import Split
 from pf_core.start import start_operators, start_vae
-from pf_core.training import stage_settings, train_stage
-
-STAGES = backends.STAGES["operator"]
+from pf_core.training import run_stage
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +58,8 @@ def fit(
         compile: torch.compile the steps of the PyTorch twin.
         references: cells shown beside the predictions for scale (pf_core.evaluation.evaluate).
     """
+    if config.system != "operator":
+        raise ConfigError(f"system is {config.system!r}; pf_core.flow_fit.fit_flow trains it")
     twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
     dataset = data.load(source, config.data, backed=backed)
     fingerprint = dataset.fingerprint()
@@ -115,6 +115,8 @@ def resume(
         RunError: not a run directory, damaged, or the data are not those it was started with.
     """
     run, config, dataset, split = reopen(path, source)
+    if config.system != "operator":
+        raise RunError(f"{path} is a run of the {config.system} system; pf_core.flow_fit.resume_flow continues it")
     twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
     return _fit(run, config, dataset, split, read_vocabulary(run), twin, console)
 
@@ -153,7 +155,7 @@ def reopen(path: str | Path, source: Any = None) -> tuple[Run, Config, Dataset, 
         source = run.path / facts["source"]
         if not source.exists():
             raise RunError(f"{path} was trained on {source}, which is not there any more; give the file again")
-    dataset = data.load(source, config.data, backed=facts["backed"])
+    dataset = data.load(source, config.data, backed=facts["backed"], contrasts=config.system == "operator")
     if dataset.fingerprint() != facts["fingerprint"]:
         raise RunError(f"the data are not those that {path} was started with (cells, genes or counts differ)")
     arrays = run.read_arrays("split.safetensors")
@@ -292,28 +294,8 @@ def _train(
     cells = partial(CellSource, dataset, split.train, split.validation, names, config)
     params = start_vae(vae_parameters(config.vae, sizes, config.seed), dataset, split.train, config.vae)
 
-    def stage(name: str, source: Any, params: Parameters, trainable: Callable[[str], bool], carry: Any) -> Parameters:
-        done = last is not None and STAGES.index(last.stage) > STAGES.index(name)
-        chosen = tuple(sorted(filter(trainable, params)))
-        if done or not stage_settings(config, name).max_steps:
-            best = run.best(name)
-            trained = best.group("params") if best else {}
-            return {key: np.asarray(value, config.dtype) for key, value in {**params, **trained}.items()}
-        return train_stage(
-            twin,
-            name,
-            source,
-            params,
-            trainable=chosen,
-            carry=carry,
-            config=config,
-            run=run,
-            resume=last if last is not None and last.stage == name else None,
-            history_length=run.history_length(),
-            progress=show,
-        )
-
-    params = stage("vae", cells(config.stage_vae.batch_size), params, lambda name: True, {})
+    stage = partial(run_stage, twin, config=config, run=run, last=last, progress=show)
+    params = stage("vae", cells(config.stage_vae.batch_size), params, trainable=lambda name: True, carry={})
     latents = Model(config, names, params, twin, run).encode(dataset)
     groups = training_groups(dataset, split)
     held = validation_groups(dataset, split)
@@ -328,9 +310,9 @@ def _train(
     def operator_part(name: str) -> bool:
         return not name.startswith("vae.") and name != "conditions.features"
 
-    params = stage("operator", source, {**params, **start}, operator_part, carry)
+    params = stage("operator", source, {**params, **start}, trainable=operator_part, carry=carry)
     joint = JointSource(cells(config.stage_joint.batch_size), latents, groups, held, names, config)
-    return stage("joint", joint, params, lambda name: name != "conditions.features", carry)
+    return stage("joint", joint, params, trainable=lambda name: name != "conditions.features", carry=carry)
 
 
 def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 from pf_core.checkpoint import write_atomic
 from pf_core.verdict import number
 
-__all__ = ["Drawing", "Page", "Section", "Table", "template", "write"]
+__all__ = ["Drawing", "Page", "Section", "Table", "cell", "template", "write"]
 
 ROWS_OPEN = 24  # rows of a table that stand open; a longer one is folded
 
@@ -75,10 +75,10 @@ def template(name: str, **filters: Callable[..., Any]) -> Any:
 
 def write(path: Path, page: Page) -> None:
     """Write the page as one file, whole or not at all."""
-    html = template("page.html.jinja", cell=_cell).render(page=page, rows_open=ROWS_OPEN)
+    html = template("page.html.jinja", cell=cell).render(page=page, rows_open=ROWS_OPEN)
     write_atomic(path, html.encode(errors="xmlcharrefreplace"))
 
 
-def _cell(value: float | int) -> str:
+def cell(value: float | int) -> str:
     """Whole numbers that count something as they are, others to three digits."""
     return f"{value:,}" if isinstance(value, int) else number(float(value)).replace("-", "−")

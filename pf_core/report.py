@@ -18,7 +18,7 @@ from pf_core import plots
 from pf_core.checkpoint import write_atomic
 from pf_core.config import Config
 from pf_core.history import Record, bad_steps, by_stage, read_history
-from pf_core.page import template
+from pf_core.page import Section, cell, template
 from pf_core.verdict import (
     SHOWN,
     Condition,
@@ -50,7 +50,13 @@ __all__ = [
     "write_report",
 ]
 
-STAGES = {"vae": "Stage 1, latent model", "operator": "Stage 2, operators", "joint": "Stage 3, joint"}
+STAGES = {
+    "vae": "Stage 1, latent model",
+    "operator": "Stage 2, operators",
+    "joint": "Stage 3, joint",
+    "cvae": "Stage 1, latent model and discriminator",
+    "flow": "Stage 2, vector field",
+}
 PARTS = {
     "nll": "negative log-likelihood (nats)",
     "kl": "KL divergence (nats)",
@@ -59,6 +65,10 @@ PARTS = {
     "spectral": "spectral penalty",
     "shrinkage": "shrinkage, |A − I|² weighted",
     "sigma_max": "largest operator norm",
+    "discriminator": "cross-entropy of the discriminator (nats)",
+    "accuracy": "accuracy of the discriminator",
+    "adversary": "adversary, before its weight (nats)",
+    "displacement": "loss of a field that is zero",
 }
 PROFILE_ROWS = 60  # conditions in the heat map of response profiles
 ROWS_OPEN = 24  # rows of a table that stand open; a longer one is folded
@@ -159,6 +169,7 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)  # under the title: backend, device, output mode, ...
     explained: tuple[float, float] | None = None  # share of variance of the two principal components
     notes: tuple[str, ...] = ()  # sentences under the verdict
+    sections: tuple[Section, ...] = ()  # further sections, before the data
 
 
 def write_report(path: str | Path, payload: Report) -> None:
@@ -169,7 +180,7 @@ def write_report(path: str | Path, payload: Report) -> None:
 
 def render(payload: Report) -> str:
     """The HTML of a report."""
-    return template("report.html.jinja", number=number, count=count).render(
+    return template("report.html.jinja", number=number, count=count, cell=cell).render(
         report=payload,
         judged=_judgement(payload),
         clouds=_clouds(payload),

@@ -23,7 +23,15 @@ START_R_MIN, START_R_MAX = 0.1, 100.0  # moment estimates beyond are noise
 SHRINKAGE = 0.1  # covariances of a condition towards the pooled covariance
 
 
-def start_vae(params: Parameters, dataset: Dataset, cells: np.ndarray, config: VAEConfig) -> Parameters:
+def start_vae(
+    params: Parameters,
+    dataset: Dataset,
+    cells: np.ndarray,
+    config: VAEConfig,
+    *,
+    prefix: str = "vae",
+    also: Sequence[np.ndarray] = (),
+) -> Parameters:
     """The VAE's parameters with the decoder's bias at the mean profile and log_r at its moment estimate.
 
     A gene's bias and dispersion would otherwise have to travel from 0 at the optimiser's step length.
@@ -33,11 +41,13 @@ def start_vae(params: Parameters, dataset: Dataset, cells: np.ndarray, config: V
         dataset: with the model's genes.
         cells: training cells.
         config: the VAE's settings.
+        prefix: of the VAE's parameters, "vae" or "cvae".
+        also: (n_cells,) arrays that part contexts further, beside condition, tissue and cell type.
     """
     params = dict(params)
     library = dataset.library()
     depth = library[cells].mean()
-    names = [dataset.label[cells], dataset.tissue[cells], dataset.cell_type[cells]]
+    names = [name[cells] for name in (dataset.label, dataset.tissue, dataset.cell_type, *also)]
     _, context = np.unique(
         np.stack([np.unique(name, return_inverse=True)[1] for name in names]), axis=1, return_inverse=True
     )
@@ -56,14 +66,15 @@ def start_vae(params: Parameters, dataset: Dataset, cells: np.ndarray, config: V
     # Half a count over all cells keeps genes that training cells never show away from log(0).
     mean = np.maximum(first.sum(0), 0.5) / len(cells)
     if config.scale == "library":
-        params["vae.decoder.mean.bias"] = np.log(mean / mean.sum())
+        params[f"{prefix}.decoder.mean.bias"] = np.log(mean / mean.sum())
     else:
-        params["vae.decoder.mean.bias"] = mean + np.log(-np.expm1(-mean))  # inverse of softplus
+        params[f"{prefix}.decoder.mean.bias"] = mean + np.log(-np.expm1(-mean))  # inverse of softplus
     # Variance within contexts beyond Poisson's is sum m^2 / r: what differs between contexts is for z to explain.
     squares = (first**2 / n).sum(0)
     excess = np.maximum((second - first**2 / n - poisson).sum(0), squares / R_MAX)
     log_r = np.log(np.clip(squares / np.maximum(excess, 1e-300), START_R_MIN, START_R_MAX))
-    params["vae.decoder.log_r"] = np.broadcast_to(log_r, params["vae.decoder.log_r"].shape).copy()
+    name = f"{prefix}.decoder.log_r"
+    params[name] = np.broadcast_to(log_r, params[name].shape).copy()
     return params
 
 

@@ -15,7 +15,7 @@ Time points are read from all cells, held-out ones included: a time is a label, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,6 @@ __all__ = [
     "Interval",
     "Point",
     "Series",
-    "axis_from",
     "axis_of",
     "facts",
     "intervals",
@@ -315,8 +314,8 @@ def intervals(courses: Sequence[Series]) -> list[Interval]:
     return found
 
 
-def facts(course: Course, axis: Axis, courses: Sequence[Series], split: Split) -> dict[str, Any]:
-    """What a run remembers of its times, as plain values; `axis_from` reads the axis back."""
+def facts(course: Course, courses: Sequence[Series], split: Split) -> dict[str, Any]:
+    """What a run tells of its course, as plain values: cells per time point, and the time points of every series."""
     counts = {
         name: np.bincount(course.index[getattr(split, name)], minlength=len(course.points)).tolist()
         for name in ("train", "validation", "heldout")
@@ -324,9 +323,6 @@ def facts(course: Course, axis: Axis, courses: Sequence[Series], split: Split) -
     rows = zip(course.names, course.points.tolist(), *counts.values(), strict=True)
     points = [dict(zip(("name", "time", *counts), row, strict=True)) for row in rows]
     return {
-        "unit": axis.unit,
-        "first": axis.first,
-        "last": axis.last,
         "points": points,
         "points_without_cells": list(course.empty),
         "points_with_few_cells": [point["name"] for point in points if 0 < point["train"] < FEW_CELLS],
@@ -341,11 +337,6 @@ def facts(course: Course, axis: Axis, courses: Sequence[Series], split: Split) -
             for one in courses
         ],
     }
-
-
-def axis_from(facts: Mapping[str, Any]) -> Axis:
-    """The time axis of a run, from what `facts` gave."""
-    return Axis(float(facts["first"]), float(facts["last"]), str(facts["unit"]))
 
 
 def axis_of(course: Course, cells: np.ndarray) -> Axis:

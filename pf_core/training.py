@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pf_core.backends import Arrays, Backend
+from pf_core.backends import STAGES, Arrays, Backend
 from pf_core.checkpoint import Checkpoint, Run, save_arrays, write_atomic
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, RETURN_LR_FACTOR, Config, StageConfig
 from pf_core.errors import TrainingError
@@ -66,8 +66,8 @@ def learning_rate(settings: StageConfig, step: int) -> float:
 
 
 def kl_weight(config: Config, stage: str, step: int) -> float:
-    """beta of the ELBO: linear from 0 in stage 1, its final value afterwards."""
-    if stage != "vae" or not config.vae.kl_warmup:
+    """beta of the ELBO: linear from 0 in the first stage of either system, its final value afterwards."""
+    if stage not in ("vae", "cvae") or not config.vae.kl_warmup:
         return config.vae.beta
     return config.vae.beta * min(1.0, step / config.vae.kl_warmup)
 
@@ -117,6 +117,48 @@ def validate(backend: Backend, stage: str, state: Any, source: Source, config: C
     return {name: total / weights for name, total in totals.items()} if weights else {}
 
 
+def run_stage(
+    backend: Backend,
+    stage: str,
+    source: Source,
+    params: Mapping[str, np.ndarray],
+    *,
+    trainable: Callable[[str], bool],
+    carry: Arrays,
+    config: Config,
+    run: Run,
+    last: Checkpoint | None,
+    progress: Callable[[str, int, int, dict[str, float]], None] = lambda *_: None,
+) -> dict[str, np.ndarray]:
+    """A stage of a run that may be a resumed one: trained, continued, or taken as it ended before.
+
+    Args:
+        trainable: which parameters are optimised, by name.
+        last: the last checkpoint that the run had when it was opened; None for a new run.
+
+    The other arguments and what is returned are those of `train_stage`.
+    """
+    stages = STAGES[config.system]
+    done = last is not None and stages.index(last.stage) > stages.index(stage)
+    if done or not stage_settings(config, stage).max_steps:
+        best = run.best(stage)
+        trained = best.group("params") if best else {}
+        return {name: np.asarray(value, config.dtype) for name, value in {**params, **trained}.items()}
+    return train_stage(
+        backend,
+        stage,
+        source,
+        params,
+        trainable=tuple(sorted(filter(trainable, params))),
+        carry=carry,
+        config=config,
+        run=run,
+        resume=last if last is not None and last.stage == stage else None,
+        history_length=run.history_length(),
+        progress=progress,
+    )
+
+
 def train_stage(
     backend: Backend,
     stage: str,
@@ -135,7 +177,7 @@ def train_stage(
 
     Args:
         backend: a twin.
-        stage: "vae", "operator" or "joint".
+        stage: a name of `STAGES`.
         source: the stage's batches.
         params: canonical parameters, trainable and frozen.
         trainable: names that are optimised.

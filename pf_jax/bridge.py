@@ -257,6 +257,9 @@ class _Flow:
     """The vector field in use, on raw latents."""
 
     def __init__(self, params, graph):
+        missing = [name for name in ("flow.center", "flow.scale") if name not in params]
+        if missing:
+            raise ValueError(f"params lack {', '.join(missing)}; pass the parameters of a trained flow")
         self.center, self.scale = params["flow.center"], params["flow.scale"]
         self.field = VectorField(select(params, "flow"))
         self.nodes = self.field.nodes(graph)

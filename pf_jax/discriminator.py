@@ -50,7 +50,8 @@ class Discriminator(nnx.Module):
             (n_cells, n_classes), class k for tissue k + 1.
 
         Raises:
-            ValueError: another number of latents than the model has, or a dropout outside [0, 1).
+            ValueError: another number of latents than the model has, masks of another shape, or a dropout outside
+                [0, 1).
         """
         n_latent, n_hidden = self.hidden1.weight.shape
         if z.ndim != 2 or z.shape[1] != n_latent:

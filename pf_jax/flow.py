@@ -83,6 +83,9 @@ class GraphAttention(nnx.Module):
 
         Returns:
             (n_genes, n_heads * h), heads side by side.
+
+        Raises:
+            ValueError: source, target and sign of different lengths.
         """
         if not source.shape == target.shape == sign.shape or source.ndim != 1:
             shapes = source.shape, target.shape, sign.shape
@@ -171,7 +174,7 @@ class VectorField(nnx.Module):
             (n_cells, n_latent).
 
         Raises:
-            ValueError: another number of latents or conditions than the model has.
+            ValueError: another number of latents or conditions than the model has, or times of other cells.
         """
         n_latent, n_conditions = self.query.weight.shape[0], self.condition.weight.shape[0]
         times = jnp.asarray(times, z.dtype)
@@ -216,6 +219,9 @@ def flow_matching_loss(
 
     Returns:
         ().
+
+    Raises:
+        ValueError: z0, z1 and tau of different cells or latents.
     """
     if z0.ndim != 2 or z0.shape != z1.shape or tau.shape != z0.shape[:1]:
         raise ValueError(

@@ -40,7 +40,7 @@ class Linear(nnx.Module):
     """A dense layer `x @ weight + bias`, weight (in, out).
 
     Args:
-        params: `weight` (n_in, n_out), and `bias` (n_out,) where the layer has one.
+        params: `weight` (n_in, n_out) and `bias` (n_out,).
     """
 
     def __init__(self, params: Mapping[str, Any]):
@@ -62,6 +62,16 @@ class Matrix(nnx.Module):
         self.weight = nnx.Param(jnp.asarray(params["weight"]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """x @ weight.
+
+        Differentiated in weight and x.
+
+        Args:
+            x: (..., n_in).
+
+        Returns:
+            (..., n_out).
+        """
         return matmul(x, self.weight[...])
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "lgamma_difference",
     "nb_log_prob",
     "nb_log_prob_elements",
+    "nb_log_prob_sum",
     "reparameterize",
     "strict_clip",
 ]
@@ -405,6 +406,115 @@ def _log_prob_r_jvp(primals, tangents):
     return _log_prob_r(*primals), (x - mu) / (total * total) * dmu + _log_prob_r_r(*primals) * dr
 
 
+# --- sums over cells, by the count table ---------------------------------------------------------------------------
+
+
+def nb_log_prob_sum(
+    x: jax.Array,
+    mu: jax.Array,
+    r: jax.Array,
+    *,
+    weight: jax.Array | None = None,
+    method: str = "stable",
+    table: jax.Array | None = None,
+    tail: jax.Array | None = None,
+) -> jax.Array:
+    """Weighted sum over cells of the negative-binomial log probability.
+
+    Differentiated in mu and r, twice; x, weight and table are data and carry no gradient. With one r per gene, "table"
+    needs no log-gamma: sum_c w_c [lgamma(x + r) - lgamma(r)] is a sum over the table's rows, and one dense pass gives
+    the rest. Counts beyond the table are taken one by one, so that nothing is dropped.
+
+    Args:
+        x: (n_cells, n_genes) counts, integer-valued, >= 0.
+        mu: (n_cells, n_genes) mean, > 0.
+        r: (n_genes,) inverse dispersion, > 0; (n_cells, n_genes) too, but for "table".
+        weight: (n_cells,) >= 0; None for 1.
+        method: "table", or one of `nb_log_prob_elements`.
+        table: (n_rows, n_genes) weight of the cells with more than j and at most n_rows counts of a gene, made of these
+            x and weight by pf_core.count_table; for "table" only.
+        tail: (n_tail,) cell * n_genes + gene of every larger count, then -1; for "table" only.
+
+    Returns:
+        () nats.
+
+    Raises:
+        ValueError: an unknown method, shapes that do not fit, or "table" without table and tail.
+    """
+    if weight is None:
+        weight = jnp.ones(jnp.shape(x)[0], mu.dtype)
+    if method != "table":
+        return (weight * nb_log_prob(x, mu, r, method=method)).sum()
+    if table is None or tail is None:
+        raise ValueError("method 'table' needs table and tail; make them of x and weight by pf_core.count_table")
+    x, mu, r = _checked(x, mu, r)
+    if r.ndim != 1 or table.ndim != 2 or table.shape[1:] != r.shape:
+        shapes = f"r and table have shapes {r.shape} and {table.shape}"
+        raise ValueError(f"{shapes}; (n_genes,) and (n_rows, n_genes) were wanted")
+    weight, table = jax.lax.stop_gradient((weight.astype(mu.dtype), table.astype(mu.dtype)))
+    return _table_sum(x, mu, r, weight, table, tail)
+
+
+def _rows_of(table: jax.Array) -> jax.Array:
+    return jnp.arange(table.shape[0], dtype=table.dtype)[:, None]
+
+
+def _in_table(x: jax.Array, weight: jax.Array, table: jax.Array) -> jax.Array:
+    """Weights (n_cells, n_genes) of the entries that the table holds."""
+    return jnp.where(x <= table.shape[0], weight[:, None], 0.0)
+
+
+def _of_tail(x, mu, r, weight, tail) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+    """Weights, (x, mu, r) and genes of the tail."""
+    present = tail >= 0
+    place = jnp.where(present, tail, 0)
+    cell, gene = place // x.shape[1], place % x.shape[1]
+    return jnp.where(present, weight[cell], 0.0), (x[cell, gene], mu[cell, gene], r[gene]), gene
+
+
+@jax.custom_jvp
+def _table_sum(x, mu, r, weight, table, tail) -> jax.Array:
+    """log p = sum_{j<x} log((r + j) / ((r + 1) (j + 1))) + x log(mu (r + 1) / (r + mu)) - r log1p(mu / r), summed.
+
+    Neither logarithm grows with r or 1 / r, which cancel between the sum and the rest without the factor r + 1.
+    """
+    j = _rows_of(table)
+    few = (table * jnp.log((r + j) / ((r + 1.0) * (j + 1.0)))).sum(0)
+    dense = x * jnp.log(mu * ((r + 1.0) / (r + mu))) - r * jnp.log1p(mu / r)
+    weights, entries, _ = _of_tail(x, mu, r, weight, tail)
+    return (few + (_in_table(x, weight, table) * dense).sum(0)).sum() + (weights * _log_prob(*entries)).sum()
+
+
+@_table_sum.defjvp
+def _table_sum_jvp(primals, tangents):
+    x, mu, r, weight, table, tail = primals
+    by_mu = weight[:, None] * _log_prob_mu(x, mu, r)
+    by_r = _table_sum_r(x, mu, r, weight, table, tail)
+    return _table_sum(*primals), (by_mu * tangents[1]).sum() + (by_r * tangents[2]).sum()
+
+
+def _table_sum_r(x, mu, r, weight, table, tail) -> jax.Array:
+    """(n_genes,) derivative in r."""
+    few = (table / (r + _rows_of(table))).sum(0)
+    dense = (_in_table(x, weight, table) * _mean_part(x, mu, r)).sum(0)
+    weights, entries, gene = _of_tail(x, mu, r, weight, tail)
+    return (few + dense).at[gene].add(weights * _log_prob_r(*entries))
+
+
+@jax.custom_jvp
+def _mean_part(x: jax.Array, mu: jax.Array, r: jax.Array) -> jax.Array:
+    """(mu - x) / (r + mu) - log1p(mu / r)."""
+    return (mu - x) / (r + mu) - jnp.log1p(mu / r)
+
+
+@_mean_part.defjvp
+def _mean_part_jvp(primals, tangents):
+    x, mu, r = primals
+    total = r + mu
+    mixed = (x - mu) / (total * total)
+    return _mean_part(*primals), mixed * tangents[1] + (mu / (r * total) + mixed) * tangents[2]
+
+
 def inverse_dispersion(log_r: jax.Array) -> jax.Array:
     """r = exp(clip(log_r, ln R_MIN, ln R_MAX)).
 
@@ -464,6 +574,8 @@ def elbo_loss(
     *,
     beta: float | jax.Array = 1.0,
     weight: jax.Array | None = None,
+    table: jax.Array | None = None,
+    tail: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Negative evidence lower bound: mean over cells of -log p plus beta times the mean KL divergence.
 
@@ -477,6 +589,8 @@ def elbo_loss(
         z_logvar: (n_cells, n_latent) posterior log variance, unclipped.
         beta: weight of the KL divergence.
         weight: (n_cells,) >= 0, for weighted means sum(w f) / sum(w); None for plain means.
+        table: (n_rows, n_genes) of these x and weight, as for `nb_log_prob_sum`; used where r is one per gene.
+        tail: (n_tail,) the same.
 
     Returns:
         loss (), nats per cell, and parts {"nll", "kl"}, its two means before beta.
@@ -484,7 +598,11 @@ def elbo_loss(
     Raises:
         ValueError: shapes that do not fit.
     """
-    nll = _mean(-nb_log_prob(x, mu, r), weight)
+    if table is not None and jnp.ndim(r) == 1:
+        log_p = nb_log_prob_sum(x, mu, r, weight=weight, method="table", table=table, tail=tail)
+        nll = -log_p / (jnp.shape(x)[0] if weight is None else weight.sum())
+    else:
+        nll = _mean(-nb_log_prob(x, mu, r), weight)
     kl = _mean(gaussian_kl(z_mu, z_logvar), weight)
     # twin: stop_gradient of a dictionary would sort its keys, and the parts are recorded in this order.
     return nll + beta * kl, {name: jax.lax.stop_gradient(part) for name, part in (("nll", nll), ("kl", kl))}

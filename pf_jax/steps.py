@@ -199,7 +199,8 @@ def vae_loss(
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding; and,
+            where they are, table and tail of `nb_log_prob_sum`.
         noise: eps (n_cells, n_latent).
         config: the run's configuration.
         beta: weight of the KL divergence.
@@ -209,7 +210,10 @@ def vae_loss(
     """
     vae = NBVAE(config.vae, select(params, "vae"))
     mu, r, z_mu, z_logvar = vae(batch["counts"], batch["tissue"], batch["library"], noise["eps"])
-    loss, parts = elbo_loss(batch["counts"], mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
+    table, tail = batch.get("table"), batch.get("tail")
+    loss, parts = elbo_loss(
+        batch["counts"], mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"], table=table, tail=tail
+    )
     return loss, ({name: record(name, value) for name, value in parts.items()}, {})
 
 
@@ -274,7 +278,7 @@ def joint_loss(
     loss, (parts, carry) = _operator_terms(params, batch, noise, carry, A, image, y, config)
     moved, target = (_grouped(partial(_profile, vae), z, batch["tissue"]) for z in (image, y))
     gene_energy = record("gene_energy", _energy(moved, target, batch, config))
-    cells = {name: batch[f"cells_{name}"] for name in ("counts", "tissue", "library", "weight")}
+    cells = {name.removeprefix("cells_"): value for name, value in batch.items() if name.startswith("cells_")}
     elbo, (elbo_parts, _) = vae_loss(params, cells, noise, config=config, beta=beta)
     loss = loss + config.operator.gene_weight * gene_energy + config.operator.elbo_weight * elbo
     return loss, (parts | {"gene_energy": jax.lax.stop_gradient(gene_energy)} | elbo_parts, carry)
@@ -396,7 +400,7 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
     lr, beta = jnp.asarray(hyper["lr"], dtype), jnp.asarray(hyper["beta"], dtype)
     n_micro = jax.tree.leaves(batch)[0].shape[0]
     settings = _settings(stage, config)
-    new, parts, raw, values, norms = moving, {}, {}, [], []
+    ok, new, parts, raw, values, norms = jnp.array(True), moving, {}, {}, [], []
     for turn in (_RIVAL, "") if stage == "cvae" else (None,):
         trained = _unpack(new.params, like.params)
         own = {name: value for name, value in trained.items() if turn in (None, _player(name))}
@@ -418,23 +422,43 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
         value, found = jax.tree.map(lambda leaf: leaf.mean(0), reported)
         parts |= found
         values.append(value)
+        ok &= _finite(value, *jax.tree.leaves(carry))
         if not own:  # a player without trained parameters reports, and changes nothing
             continue
         grads = {name: total / n_micro for name, total in sums.items()}
-        clipped, norm = clip_by_global_norm(grads, settings.max_norm)
-        params, m, v = ({name: tree[name] for name in grads} for tree in (new.params, new.m, new.v))
-        params, m, v, count = adam_update(
-            params, clipped, m, v, moving.count, lr=lr, weight_decay=settings.weight_decay
-        )
+        _, norm = clip_by_global_norm(grads, settings.max_norm)
+        old = [{name: tree[name] for name in grads} for tree in (new.params, new.m, new.v)]
+
+        def update(old, grads):
+            clipped, _ = clip_by_global_norm(grads, settings.max_norm)
+            params, m, v = old
+            return adam_update(params, clipped, m, v, moving.count, lr=lr, weight_decay=settings.weight_decay)
+
+        # The guard: a step that is not finite leaves no trace, not even in the count or what is carried. Looking at new
+        # arrays keeps them from being written in place, which costs more than Adam; where bounds do not say that they
+        # are finite, they are computed for the look alone.
+        look = lambda old, grads, update=update: _finite(*jax.tree.leaves(update(old, grads)))
+        sure = _surely_finite(*old, norm, lr, settings)
+        ok &= jnp.isfinite(norm) & jax.lax.cond(sure, lambda *_: jnp.array(True), look, old, grads)
+        params, m, v, count = update(old, grads)
         new = TrainState(new.params | params, {}, new.m | m, new.v | v, count, carry)
         raw |= _unpack(grads, own)
         norms.append(norm)
 
     each = jnp.sqrt(jnp.stack([(raw[name] ** 2).sum() for name in sorted(raw)]))
-    # The guard: a step that is not finite leaves no trace, not even in the count or what is carried.
-    ok = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((values, norms, new))]).all()
     metrics = {"loss": values[-1], "grad_norm": reduce(jnp.hypot, norms), "ok": ok, "parts": parts}
     return jax.tree.map(partial(jnp.where, ok), new, moving), metrics | {"param_grad_norm": each}
+
+
+def _finite(*leaves: jax.Array) -> jax.Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _surely_finite(params, m, v, norm: jax.Array, lr: jax.Array, settings: StageConfig) -> jax.Array:
+    """Whether bounds alone show that Adam's results are finite: cheaper than looking at them."""
+    p, m, v = (jnp.stack([jnp.abs(leaf).max() for leaf in tree.values()]).max() for tree in (params, m, v))
+    largest = 10.0 * (m + norm) / ADAM_EPS
+    return jnp.isfinite(v + norm * norm) & jnp.isfinite(p + lr * (largest + settings.weight_decay * p))
 
 
 @partial(jax.jit, static_argnames=("stage", "config"))

@@ -21,6 +21,7 @@ from pf_torch.likelihood import (
     lgamma_difference,
     nb_log_prob,
     nb_log_prob_elements,
+    nb_log_prob_sum,
     reparameterize,
     strict_clip,
 )
@@ -105,6 +106,7 @@ __all__ = [
     "lgamma_difference",
     "nb_log_prob",
     "nb_log_prob_elements",
+    "nb_log_prob_sum",
     "operator_loss",
     "operator_norm",
     "operator_step",

@@ -12,7 +12,7 @@ from torch import Tensor
 __all__ = ["entropic_plan"]
 
 TOLERANCE = 1e-11  # marginals of a balanced plan, and change of an unbalanced plan's potentials in units of epsilon
-MAX_ITERATIONS = 100_000
+MAX_ITERATIONS = 20_000
 
 
 def entropic_plan(x: Any, y: Any, *, epsilon: float, unbalanced: float = 0.0) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pf_core.config import BATCH_NORM_EPS, BATCH_NORM_MOMENTUM, MU_FLOOR
 from pf_core.initial import select
-from pf_torch.layers import Linear, leaky_relu, one_hot, own
+from pf_torch.layers import Linear, Matrix, leaky_relu, one_hot, own
 from pf_torch.likelihood import inverse_dispersion, reparameterize
 from pf_torch.probe import record
 
@@ -90,9 +90,9 @@ class ConditionalEncoder(nn.Module):
 
     def __init__(self, params: Mapping[str, Any]):
         super().__init__()
-        self.block1 = Linear(select(params, "block1"))
+        self.block1 = Matrix(select(params, "block1"))
         self.norm1 = _Norm(select(params, "norm1"))
-        self.block2 = Linear(select(params, "block2"))
+        self.block2 = Matrix(select(params, "block2"))
         self.norm2 = _Norm(select(params, "norm2"))
         self.mean = Linear(select(params, "mean"))
         self.logvar = Linear(select(params, "logvar"))

@@ -45,17 +45,20 @@ class Discriminator(nn.Module):
             (n_cells, n_classes), class k for tissue k + 1.
 
         Raises:
-            ValueError: another number of latents than the model has, or a dropout outside [0, 1).
+            ValueError: another number of latents than the model has, masks of another shape, or a dropout outside
+                [0, 1).
         """
-        n_latent = self.hidden1.weight.shape[0]
+        n_latent, n_hidden = self.hidden1.weight.shape
         if z.ndim != 2 or z.shape[1] != n_latent:
             raise ValueError(f"latents have shape {tuple(z.shape)} but the model expects (n_cells, {n_latent})")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout!r}; a share from 0 up to, not including, 1 was wanted")
         h = z
-        for layer, keep in ((self.hidden1, keep1), (self.hidden2, keep2)):
+        for number, layer, keep in ((1, self.hidden1, keep1), (2, self.hidden2, keep2)):
             h = leaky_relu(layer(h))
             if keep is not None:
+                if keep.shape != h.shape:
+                    raise ValueError(f"keep{number} has shape {tuple(keep.shape)}; {(len(z), n_hidden)} was wanted")
                 h = h * keep.to(h.dtype) / (1.0 - dropout)
         return record("discriminator.logits", self.out(h))
 

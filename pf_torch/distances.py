@@ -299,7 +299,7 @@ def energy_distance(
     power: int = 1,
     smoothing: float = 0.0,
     method: str = "tiled",
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> Tensor:
     """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two weighted sets of cells.
 
@@ -317,7 +317,7 @@ def energy_distance(
         power: 1 for distances, 2 for squared distances (from moments, without pairs).
         smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared, also between a cell and itself; power 2 cancels it.
         method: "tiled", or "plain" for whole matrices of distances.
-        tile: rows and columns of a tile.
+        tile: most rows and columns of a tile; None for what is fast, TILE.
 
     Returns:
         () distance, in units of x (squared for power 2).
@@ -328,6 +328,7 @@ def energy_distance(
     _check(x, y, wx, wy, estimator, power, 2, smoothing)
     if method not in ("tiled", "plain"):
         raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
+    tile = TILE["torch"] if tile is None else tile
     if tile < 1:
         raise ValueError(f"tile is {tile}; a positive number of rows was wanted")
     a, b = (None if w is None else w[None] for w in (wx, wy))
@@ -364,7 +365,7 @@ def energy_distance_grouped(
         ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
     """
     _check(x, y, wx, wy, estimator, power, 3, smoothing)
-    return _energy(x, y, wx, wy, estimator, power, smoothing, "tiled", TILE)
+    return _energy(x, y, wx, wy, estimator, power, smoothing, "tiled", TILE["torch"])
 
 
 def _sign_sums(points: Tensor, others: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pf_core.config import ATTENTION_EPS
 from pf_core.initial import select
-from pf_torch.layers import Linear, leaky_relu, own
+from pf_torch.layers import Linear, Matrix, leaky_relu, own
 from pf_torch.probe import record
 
 __all__ = ["GraphAttention", "VectorField", "flow_matching_loss", "gatv2"]
@@ -60,9 +60,9 @@ class GraphAttention(nn.Module):
 
     def __init__(self, params: Mapping[str, Any]):
         super().__init__()
-        self.source = Linear(select(params, "source"))
+        self.source = Matrix(select(params, "source"))
         self.target = Linear(select(params, "target"))
-        self.edge = Linear(select(params, "edge"))
+        self.edge = Matrix(select(params, "edge"))
         own(self, "attention", params["attention"])
         own(self, "bias", params["bias"])
 
@@ -79,7 +79,13 @@ class GraphAttention(nn.Module):
 
         Returns:
             (n_genes, n_heads * h), heads side by side.
+
+        Raises:
+            ValueError: source, target and sign of different lengths.
         """
+        if not source.shape == target.shape == sign.shape or source.ndim != 1:
+            shapes = ", ".join(str(tuple(edges.shape)) for edges in (source, target, sign))
+            raise ValueError(f"source, target and sign have shapes {shapes}; (n_edges,) three times was wanted")
         heads = self.attention.shape  # (n_heads, h)
         loops = torch.arange(x.shape[0], device=x.device)
         source, target = torch.cat([source.long(), loops]), torch.cat([target.long(), loops])
@@ -151,12 +157,14 @@ class VectorField(nn.Module):
             (n_cells, n_latent).
 
         Raises:
-            ValueError: another number of latents or conditions than the model has.
+            ValueError: another number of latents or conditions than the model has, or times of other cells.
         """
         n_latent, n_conditions = self.query.weight.shape[0], self.condition.weight.shape[0]
         for name, value, width in (("latents", z, n_latent), ("conditions", condition, n_conditions)):
             if value.shape != (len(z), width):
                 raise ValueError(f"{name} have shape {tuple(value.shape)}; (n_cells, {width}) was wanted")
+        if times.shape not in ((), (len(z),)):
+            raise ValueError(f"times have shape {tuple(times.shape)}; (), or ({len(z)},) for as many cells, was wanted")
         q = self.query(z)
         attention = torch.softmax(torch.matmul(q, nodes.T) / math.sqrt(nodes.shape[1]), dim=-1)
         context = record("flow.context", torch.matmul(attention, nodes))
@@ -193,7 +201,13 @@ def flow_matching_loss(
 
     Returns:
         ().
+
+    Raises:
+        ValueError: z0, z1 and tau of different cells or latents.
     """
+    if z0.ndim != 2 or z0.shape != z1.shape or tau.shape != z0.shape[:1]:
+        shapes = ", ".join(str(tuple(value.shape)) for value in (z0, z1, tau))
+        raise ValueError(f"z0, z1 and tau have shapes {shapes}; (n_cells, n_latent) twice and (n_cells,) were wanted")
     span = torch.as_tensor(stop - start, dtype=z0.dtype, device=z0.device).expand(tau.shape)
     psi = (1.0 - tau)[:, None] * z0 + tau[:, None] * z1
     difference = span[:, None] * velocity(start + tau * span, psi) - (z1 - z0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pf_core.config import LEAKY_SLOPE
 from pf_core.initial import select
 
-__all__ = ["MLP", "Linear", "leaky_relu", "one_hot", "own", "softplus"]
+__all__ = ["MLP", "Linear", "Matrix", "leaky_relu", "one_hot", "own", "softplus"]
 
 
 def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> None:
@@ -80,23 +80,46 @@ class Linear(nn.Module):
     """A dense layer `x @ weight + bias`, weight (in, out).
 
     Args:
-        params: `weight` (n_in, n_out), and `bias` (n_out,) where the layer has one.
+        params: `weight` (n_in, n_out) and `bias` (n_out,).
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor
 
     def __init__(self, params: Mapping[str, Any]):
         super().__init__()
         own(self, "weight", params["weight"])
-        if "bias" in params:
-            own(self, "bias", params["bias"])
-        else:
-            self.bias = None
+        own(self, "bias", params["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        out = torch.matmul(x, self.weight)
-        return out if self.bias is None else out + self.bias
+        return torch.matmul(x, self.weight) + self.bias
+
+
+class Matrix(nn.Module):
+    """A dense layer without bias, `x @ weight`, weight (in, out).
+
+    Args:
+        params: `weight` (n_in, n_out).
+    """
+
+    weight: Tensor
+
+    def __init__(self, params: Mapping[str, Any]):
+        super().__init__()
+        own(self, "weight", params["weight"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x @ weight.
+
+        Differentiated in weight and x.
+
+        Args:
+            x: (..., n_in).
+
+        Returns:
+            (..., n_out).
+        """
+        return torch.matmul(x, self.weight)
 
 
 class MLP(nn.Module):

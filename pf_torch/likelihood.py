@@ -35,6 +35,7 @@ __all__ = [
     "lgamma_difference",
     "nb_log_prob",
     "nb_log_prob_elements",
+    "nb_log_prob_sum",
     "reparameterize",
     "strict_clip",
 ]
@@ -327,6 +328,122 @@ def nb_log_prob(x: Tensor, mu: Tensor, r: Tensor, *, method: str = "stable") -> 
     return nb_log_prob_elements(x, mu, r, method=method).sum(-1)
 
 
+# --- sums over cells, by the count table ---------------------------------------------------------------------------
+
+
+def nb_log_prob_sum(
+    x: Tensor,
+    mu: Tensor,
+    r: Tensor,
+    *,
+    weight: Tensor | None = None,
+    method: str = "stable",
+    table: Tensor | None = None,
+    tail: Tensor | None = None,
+) -> Tensor:
+    """Weighted sum over cells of the negative-binomial log probability.
+
+    Differentiated in mu and r, twice; x, weight and table are data and carry no gradient. With one r per gene, "table"
+    needs no log-gamma: sum_c w_c [lgamma(x + r) - lgamma(r)] is a sum over the table's rows, and one dense pass gives
+    the rest. Counts beyond the table are taken one by one, so that nothing is dropped.
+
+    Args:
+        x: (n_cells, n_genes) counts, integer-valued, >= 0.
+        mu: (n_cells, n_genes) mean, > 0.
+        r: (n_genes,) inverse dispersion, > 0; (n_cells, n_genes) too, but for "table".
+        weight: (n_cells,) >= 0; None for 1.
+        method: "table", or one of `nb_log_prob_elements`.
+        table: (n_rows, n_genes) weight of the cells with more than j and at most n_rows counts of a gene, made of these
+            x and weight by pf_core.count_table; for "table" only.
+        tail: (n_tail,) cell * n_genes + gene of every larger count, then -1; for "table" only.
+
+    Returns:
+        () nats.
+
+    Raises:
+        ValueError: an unknown method, shapes that do not fit, or "table" without table and tail.
+    """
+    if weight is None:
+        weight = torch.ones(x.shape[0], dtype=mu.dtype, device=mu.device)
+    if method != "table":
+        return (weight * nb_log_prob(x, mu, r, method=method)).sum()
+    if table is None or tail is None:
+        raise ValueError("method 'table' needs table and tail; make them of x and weight by pf_core.count_table")
+    if r.ndim != 1 or table.ndim != 2 or table.shape[1:] != r.shape or x.shape != mu.shape or x.shape[1:] != r.shape:
+        shapes = f"x {tuple(x.shape)}, mu {tuple(mu.shape)}, r {tuple(r.shape)} and table {tuple(table.shape)}"
+        raise ValueError(f"{shapes} do not fit; (C, G) twice, (G,) and (n_rows, G) were wanted")
+    _shift(r.dtype)
+    x, weight, table = (data.detach().to(mu.dtype) for data in (x, weight, table))
+    return _TableSum.apply(x, mu, r, weight, table, tail.long())  # type: ignore[return-value]
+
+
+def _rows_of(table: Tensor) -> Tensor:
+    return torch.arange(table.shape[0], dtype=table.dtype, device=table.device)[:, None]
+
+
+def _in_table(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
+    """Weights (n_cells, n_genes) of the entries that the table holds."""
+    return torch.where(x <= table.shape[0], weight[:, None], 0.0)
+
+
+def _of_tail(
+    x: Tensor, mu: Tensor, r: Tensor, weight: Tensor, tail: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Weights, (x, mu, r) and genes of the tail."""
+    place = tail.clamp(min=0)
+    cell, gene = place // x.shape[1], place % x.shape[1]
+    return torch.where(tail >= 0, weight[cell], 0.0), (x[cell, gene], mu[cell, gene], r[gene]), gene
+
+
+class _TableSum(torch.autograd.Function):
+    """log p = sum_{j<x} log((r + j) / ((r + 1) (j + 1))) + x log(mu (r + 1) / (r + mu)) - r log1p(mu / r), summed.
+
+    Neither logarithm grows with r or 1 / r, which cancel between the sum and the rest without the factor r + 1.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, mu: Tensor, r: Tensor, weight: Tensor, table: Tensor, tail: Tensor) -> Tensor:
+        j = _rows_of(table)
+        few = (table * torch.log((r + j) / ((r + 1.0) * (j + 1.0)))).sum()
+        dense = x * torch.log(mu * ((r + 1.0) / (r + mu))) - r * torch.log1p(mu / r)
+        weights, entries, _ = _of_tail(x, mu, r, weight, tail)
+        rest = _where_counted(_counted_terms, *entries) - entries[2] * torch.log1p(entries[1] / entries[2])
+        return few + (_in_table(x, weight, table) * dense).sum() + (weights * rest).sum()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        by_mu = grad * _table_sum_mu(*ctx.saved_tensors) if ctx.needs_input_grad[1] else None
+        by_r = grad * _table_sum_r(*ctx.saved_tensors) if ctx.needs_input_grad[2] else None
+        return None, by_mu, by_r, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Any, mu_t: Any, r_t: Any, *_: Any) -> Any:  # type: ignore[override]
+        tangent = torch.zeros_like(ctx.saved_tensors[2][0])
+        if mu_t is not None:
+            tangent = tangent + (mu_t * _table_sum_mu(*ctx.saved_tensors)).sum()
+        if r_t is not None:
+            tangent = tangent + (r_t * _table_sum_r(*ctx.saved_tensors)).sum()
+        return tangent
+
+
+def _table_sum_mu(x: Tensor, mu: Tensor, r: Tensor, weight: Tensor, table: Tensor, tail: Tensor) -> Tensor:
+    """(n_cells, n_genes) derivative in mu."""
+    return weight[:, None] * _d_mu(x, mu, r.expand_as(mu))
+
+
+def _table_sum_r(x: Tensor, mu: Tensor, r: Tensor, weight: Tensor, table: Tensor, tail: Tensor) -> Tensor:
+    """(n_genes,) derivative in r."""
+    few = (table / (r + _rows_of(table))).sum(0)
+    dense = (_in_table(x, weight, table) * _mean_part(x, mu, r.expand_as(mu))).sum(0)
+    weights, entries, gene = _of_tail(x, mu, r, weight, tail)
+    return (few + dense).index_add(0, gene, weights * _d_r(*entries))
+
+
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
     """KL divergence from N(mu, exp(logvar)) to N(0, 1), summed over latents.
 
@@ -369,6 +486,8 @@ def elbo_loss(
     *,
     beta: float | Tensor = 1.0,
     weight: Tensor | None = None,
+    table: Tensor | None = None,
+    tail: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative evidence lower bound: mean over cells of -log p plus beta times the mean KL divergence.
 
@@ -382,6 +501,8 @@ def elbo_loss(
         z_logvar: (n_cells, n_latent) posterior log variance, unclipped.
         beta: weight of the KL divergence.
         weight: (n_cells,) >= 0, for weighted means sum(w f) / sum(w); None for plain means.
+        table: (n_rows, n_genes) of these x and weight, as for `nb_log_prob_sum`; used where r is one per gene.
+        tail: (n_tail,) the same.
 
     Returns:
         loss (), nats per cell, and parts {"nll", "kl"}, its two means before beta.
@@ -389,10 +510,9 @@ def elbo_loss(
     Raises:
         ValueError: shapes that do not fit.
     """
-    nll, kl = -nb_log_prob(x, mu, r), gaussian_kl(z_mu, z_logvar)
-    if weight is None:
-        nll, kl = nll.mean(), kl.mean()
-    else:
-        total = weight.sum()
-        nll, kl = (weight * nll).sum() / total, (weight * kl).sum() / total
+    weight = torch.ones(x.shape[0], dtype=mu.dtype, device=mu.device) if weight is None else weight
+    total = weight.sum()
+    method = "stable" if table is None or r.ndim != 1 else "table"
+    nll = -nb_log_prob_sum(x, mu, r, weight=weight, method=method, table=table, tail=tail) / total
+    kl = (weight * gaussian_kl(z_mu, z_logvar)).sum() / total
     return nll + beta * kl, {"nll": nll.detach(), "kl": kl.detach()}

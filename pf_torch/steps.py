@@ -118,7 +118,8 @@ def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config,
 
     Args:
         params: all canonical parameters.
-        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding.
+        batch: counts (n_cells, n_genes), tissue (n_cells,), library (n_cells,), weight (n_cells,), 0 for padding; and,
+            where they are, table and tail of `nb_log_prob_sum`.
         noise: eps (n_cells, n_latent).
         config: the run's configuration.
         beta: weight of the KL divergence.
@@ -129,7 +130,8 @@ def vae_loss(params: Tensors, batch: Tensors, noise: Tensors, *, config: Config,
     model = NBVAE(config.vae, select(params, "vae"))
     counts, tissue = batch["counts"], batch["tissue"]
     mu, r, z_mu, z_logvar = model(counts, tissue, batch["library"], noise["eps"])
-    loss, parts = elbo_loss(counts, mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"])
+    table, tail = batch.get("table"), batch.get("tail")
+    loss, parts = elbo_loss(counts, mu, r, z_mu, z_logvar, beta=beta, weight=batch["weight"], table=table, tail=tail)
     return loss, ({name: record(name, value) for name, value in parts.items()}, {})
 
 
@@ -377,7 +379,7 @@ def train_step(
     params, m, v, count = adam_update(
         state.params, clipped, state.m, state.v, state.count, lr=hyper["lr"], weight_decay=settings.weight_decay
     )
-    ok = bool(torch.isfinite(loss + norm)) and all_finite(params, m, v)
+    ok = bool(torch.isfinite(loss + norm)) and all_finite(params, m, v, carry)
     parts = {name: torch.stack([parts[name] for parts in all_parts]).mean() for name in all_parts[0]}
     metrics = {"loss": loss, "grad_norm": norm, "ok": ok, "parts": parts, "param_grad_norm": norms}
     return (replace(state, params=params, m=m, v=v, count=count, carry=carry) if ok else state), metrics

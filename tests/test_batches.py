@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy import sparse
 
 from pf_core.batches import CellSource, ConditionSource, JointSource, conditions, draw, epoch_slice
-from pf_core.config import Config, DataConfig, OperatorConfig, StageConfig, VAEConfig
+from pf_core.config import TABLE_ROWS, Config, DataConfig, OperatorConfig, StageConfig, VAEConfig
+from pf_core.count_table import count_table, tail_sizes
 from pf_core.data import load
 from pf_core.fit import make_vocabulary, training_groups, validation_groups
 from pf_core.labels import CONTROL
@@ -179,3 +181,58 @@ def test_a_covariate_that_does_not_vary_is_read_as_zero(parts):
     found = training_groups(dataset, split(dataset, CONFIG.data, 0))
     rows = conditions(found, dataset.perturbations, make_vocabulary(dataset, found), "float32")
     assert not rows["covariates"].any()
+
+
+# --- the count table ----------------------------------------------------------------------------------------------
+
+
+def test_a_count_table_and_its_tail_hold_every_count():
+    rng = np.random.default_rng(2)
+    x = rng.poisson(rng.gamma(0.4, 20.0, (19, 7))).astype(np.float32)
+    x[4, 3] = 1e6
+    weight = rng.integers(0, 5, 19) / 4
+    found = count_table(sparse.csr_matrix(x), weight, 61, rows=11)
+    low = np.where(x <= 11, x, 0)
+    wanted = [(weight[:, None] * (low > j)).sum(0) for j in range(11)]
+    np.testing.assert_array_equal(found["table"], wanted)
+    tail = found["tail"]
+    np.testing.assert_array_equal(np.sort(tail[tail >= 0]), np.flatnonzero(x > 11))
+    assert (tail[(tail >= 0).sum() :] == -1).all()
+    np.testing.assert_array_equal(tail_sizes(sparse.csr_matrix(x), 11), (x > 11).sum(1))
+
+
+def test_a_count_table_of_stored_zeros_and_of_no_cells_is_empty():
+    stored = sparse.csr_matrix((np.zeros(3, np.float32), np.array([0, 2, 1]), np.array([0, 2, 3])), (2, 5))
+    for cells in (stored, sparse.csr_matrix((0, 5), dtype=np.float32)):
+        found = count_table(cells, np.ones(cells.shape[0]), 0)
+        assert found["table"].shape == (TABLE_ROWS, 5)
+        assert not found["table"].any()
+        assert found["tail"].shape == (0,)
+
+
+def test_a_tail_that_does_not_fit_is_an_error():
+    with pytest.raises(ValueError, match="the tail has 1 places"):
+        count_table(sparse.csr_matrix(np.full((2, 1), 99.0)), np.ones(2), 1)
+
+
+def test_batches_bring_their_count_table_in_one_shape(parts):
+    dataset, cells, groups, vocabulary = parts
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, CONFIG, 13)
+    shapes = set()
+    for batch in (*(source.batch(step, 0)[0] for step in range(3)), *(batch for batch, _, _ in source.validation())):
+        rows = [batch] if batch["counts"].ndim == 2 else [{k: v[i] for k, v in batch.items()} for i in range(2)]
+        for one in rows:
+            wanted = count_table(sparse.csr_matrix(one["counts"]), one["weight"], source.n_tail)
+            np.testing.assert_array_equal(one["table"], wanted["table"])
+            assert set(one["tail"]) == set(wanted["tail"])
+            shapes.add((one["table"].shape, one["tail"].shape))
+    assert len(shapes) == 1
+    joint = JointSource(source, latents_of(dataset), groups, [], vocabulary, CONFIG)
+    assert joint.batch(0, 0)[0]["cells_table"].shape == (1, TABLE_ROWS, 23)
+
+
+def test_a_dispersion_per_tissue_needs_no_count_table(parts):
+    dataset, cells, _, vocabulary = parts
+    config = replace(CONFIG, vae=replace(CONFIG.vae, dispersion="gene-tissue"))
+    source = CellSource(dataset, cells.train, cells.validation, vocabulary, config, 13)
+    assert not {"table", "tail"} & set(source.batch(0, 0)[0])

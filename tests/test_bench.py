@@ -349,6 +349,46 @@ def test_a_suite_that_dies_is_a_failure_and_keeps_its_rows(tmp_path, monkeypatch
     assert "killed" in (tmp_path / "out/bench.md").read_text()
 
 
+def partial(monkeypatch, out, suite: str, ratio: float, *, mallocs=("tuned",), against=None, **probe) -> int:
+    """A run of one suite whose process answers what is given."""
+    row = {key: value for key, value in record(ratio)["rows"][0].items() if key not in ("device", "malloc", "suite")}
+    answers = {"probe": {"versions": {}, "devices": {}} | probe, "suite": {"rows": [row], "waited": 1.0}}
+    answers["memory"] = {"extra": 5, "held": 7}
+    monkeypatch.setattr(run, "_child", lambda request, *_: answers[request["task"]])
+    options = {"suites": (suite,), "mallocs": mallocs, "out": out, "against": against, "say": lambda _: None}
+    return run.bench(command=f"pf bench --suite {suite}", **options)
+
+
+def test_suites_measured_one_by_one_end_in_one_record(tmp_path, monkeypatch):
+    partial(monkeypatch, tmp_path, "steps", 4.0, mallocs=("tuned", "default"))
+    partial(monkeypatch, tmp_path, "spectral", 3.0)
+    partial(monkeypatch, tmp_path, "steps", 5.0)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    found = {(row["suite"], row["malloc"]): row["sides"]["torch"]["ratio"]["median"] for row in written["rows"]}
+    assert found == {("spectral", "tuned"): 3.0, ("steps", "default"): 4.0, ("steps", "tuned"): 5.0}
+    assert [row["suite"] for row in written["rows"]] == ["spectral", "steps", "steps"], "in their usual order"
+    assert written["command"] == "pf bench --suite steps; pf bench --suite spectral"
+    assert written["waited"] == 4.0
+    assert "## Spectral" in (tmp_path / "bench.md").read_text()
+
+
+def test_a_suite_of_other_versions_does_not_join_a_record(tmp_path, monkeypatch):
+    partial(monkeypatch, tmp_path, "steps", 4.0)
+    before = (tmp_path / "bench.json").read_text()
+    with pytest.raises(ConfigError, match="other versions"):
+        partial(monkeypatch, tmp_path, "spectral", 3.0, versions={"jax": "99"})
+    assert (tmp_path / "bench.json").read_text() == before
+
+
+def test_the_guard_on_one_suite_does_not_look_at_the_others(tmp_path, monkeypatch):
+    partial(monkeypatch, tmp_path / "committed", "steps", 4.0)
+    partial(monkeypatch, tmp_path / "committed", "spectral", 4.0)
+    against = tmp_path / "committed/bench.json"
+    partial(monkeypatch, tmp_path / "now", "spectral", 1.0)
+    assert partial(monkeypatch, tmp_path / "now", "steps", 4.0, against=against) == 0
+    assert partial(monkeypatch, tmp_path / "now", "spectral", 1.0, against=against) == 1
+
+
 def test_the_allocator_is_set_before_the_process_starts():
     show = "import os; print(os.environ.get('MALLOC_MMAP_THRESHOLD_', ''))"
     for name, wanted in (("tuned", machine.LARGE), ("default", "")):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import sparse, special, stats
 
-from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN
+from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN, TABLE_ROWS
+from pf_core.count_table import count_table
 from pf_jax import likelihood
 
 mpmath.mp.dps = 40
@@ -278,3 +279,108 @@ def test_nb_log_prob_refuses_shapes_that_do_not_fit():
         likelihood.nb_log_prob(x, x, jnp.ones(3))
     with pytest.raises(ValueError, match="'stable' or 'plain'"):
         likelihood.nb_log_prob(x, x, jnp.ones(5), method="exact")
+
+
+# --- by the count table -------------------------------------------------------------------------------------------
+
+
+def tabled(x, weight, dtype: str = "float64") -> dict:
+    cells = sparse.csr_matrix(np.asarray(x, np.float64))
+    return {
+        k: jnp.asarray(v) for k, v in count_table(cells, weight, int((x > TABLE_ROWS).sum()) + 5, dtype=dtype).items()
+    }
+
+
+@pytest.fixture(scope="module", params=["float32", "float64"])
+def summed(request):
+    """Every point of the domain as a batch of one cell and one gene."""
+    points = grid(request.param)
+    x, mu, r = points
+    low = np.where(x <= TABLE_ROWS, x, 0)
+    table = (np.arange(TABLE_ROWS)[None, :, None] < low[:, None, None]).astype(request.param)
+    tail = np.where(x > TABLE_ROWS, 0, -1)[:, None].astype(np.int32)
+
+    def one(x, mu, r, table, tail):
+        given = {"method": "table", "table": table, "tail": tail}
+        both = jax.value_and_grad(lambda mu, r: likelihood.nb_log_prob_sum(x[None, None], mu, r, **given), (0, 1))
+        return both(mu[None, None], r[None])
+
+    with jax.enable_x64(True):
+        value, (by_mu, by_r) = jax.jit(jax.vmap(one))(*map(jnp.asarray, (x, mu, r, table, tail)))
+    found = [np.asarray(item, np.float64).ravel() for item in (value, by_r, by_mu)]
+    return (
+        request.param,
+        points.astype(np.float64),
+        found,
+        np.array([exact(*point)[:3] for point in points.T.tolist()]).T,
+    )
+
+
+def test_the_count_table_keeps_the_demanded_accuracy_over_the_whole_domain(summed):
+    dtype, (x, mu, r), (value, by_r, by_mu), wanted = summed
+    unit = {"float32": 1.0, "float64": 2.0**-29}[dtype]
+    assert (np.abs(value - wanted[0]) / (1 + x + mu + np.abs(wanted[0]))).max() < 1e-6 * unit
+    assert (np.abs(by_r * r - wanted[1]) / (1 + x + mu)).max() < 1e-6 * unit
+    counted = wanted[2] != 0
+    assert (np.abs(by_mu - wanted[2])[counted] / np.abs(wanted[2])[counted]).max() < 1e-6 * unit
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_count_table_is_the_weighted_sum_whatever_the_counts(dtype):
+    rng = np.random.default_rng(5)
+    x = rng.poisson(rng.gamma(0.5, 30.0, (23, 17))).astype(dtype)
+    x[3, 2], x[7, 2], x[0, 16], x[22, 0] = 1e6, 99991, TABLE_ROWS, TABLE_ROWS + 1
+    mu, r = rng.gamma(1, 20, x.shape) + 0.01, np.exp(rng.uniform(-8, 8, 17))
+    weight = rng.integers(0, 9, 23) / 4
+    value, (by_mu, by_r) = jax.jit(
+        jax.value_and_grad(
+            lambda mu, r: likelihood.nb_log_prob_sum(
+                jnp.asarray(x), mu, r, weight=jnp.asarray(weight, dtype), method="table", **tabled(x, weight, dtype)
+            ),
+            (0, 1),
+        )
+    )(jnp.asarray(mu, dtype), jnp.asarray(r, dtype))
+    scale = {"float32": 1e-5, "float64": 1e-12}[dtype]
+    wanted = (weight[:, None] * stats.nbinom.logpmf(x, r, r / (r + mu))).sum()
+    assert float(value) == pytest.approx(wanted, rel=scale)
+    np.testing.assert_allclose(by_mu, weight[:, None] * r * (x - mu) / (mu * (r + mu)), rtol=scale, atol=scale)
+    slope = special.digamma(x + r) - special.digamma(r) - np.log1p(mu / r) + (mu - x) / (r + mu)
+    size = (weight[:, None] * (1 + x + mu)).sum(0)
+    assert (np.abs(by_r - (weight[:, None] * slope).sum(0)) * r / size).max() < scale
+
+
+def test_the_count_table_has_second_derivatives():
+    rng = np.random.default_rng(6)
+    x, mu, r = rng.poisson(20.0, (7, 5)), rng.gamma(2, 10, (7, 5)), rng.gamma(1, 2, 5) + 0.1
+    weight = rng.integers(0, 9, 7) / 4
+    table = tabled(x, weight)
+    by_table = lambda mu, r: likelihood.nb_log_prob_sum(x, mu, r, weight=weight, method="table", **table)
+    plain = lambda mu, r: (weight * likelihood.nb_log_prob(x, mu, r)).sum()
+    point = jnp.asarray(mu), jnp.asarray(r)
+    product = lambda f: jax.jvp(jax.grad(f, (0, 1)), point, (point[0] ** 2, 1 + point[1]))[1]
+    for found, wanted in zip(product(by_table), product(plain), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_the_elbo_is_the_same_with_and_without_the_count_table():
+    rng = np.random.default_rng(8)
+    x, mu, r = rng.poisson(20.0, (7, 5)), rng.gamma(2, 10, (7, 5)), rng.gamma(1, 2, 5) + 0.1
+    z, weight = rng.normal(size=(2, 7, 3)), np.array([1.0, 0, 2, 0.5, 0, 1, 1])
+    arrays = [jnp.asarray(a) for a in (x, mu, r, *z)]
+    for weights in (jnp.asarray(weight), None):
+        table = tabled(x, np.ones(7) if weights is None else weight)
+        for r_ in (arrays[2], jnp.broadcast_to(arrays[2], x.shape)):
+            one, _ = likelihood.elbo_loss(arrays[0], arrays[1], r_, *arrays[3:], weight=weights, **table)
+            two, _ = likelihood.elbo_loss(arrays[0], arrays[1], r_, *arrays[3:], weight=weights)
+            assert float(one) == pytest.approx(float(two), rel=1e-12)
+
+
+def test_the_count_table_refuses_what_does_not_fit():
+    x = jnp.ones((3, 5))
+    with pytest.raises(ValueError, match="needs table and tail"):
+        likelihood.nb_log_prob_sum(x, x, jnp.ones(5), method="table")
+    table = {"method": "table", "table": jnp.zeros((7, 5)), "tail": jnp.full(2, -1)}
+    with pytest.raises(ValueError, match="n_rows, n_genes"):
+        likelihood.nb_log_prob_sum(x, x, x, **table)
+    with pytest.raises(ValueError, match="'stable' or 'plain'"):
+        likelihood.nb_log_prob_sum(x, x, jnp.ones(5), method="exact")

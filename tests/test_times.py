@@ -208,16 +208,14 @@ def test_holding_out_what_is_not_there_is_one_line(data, says, kind):
         times.split(dataset, found, settings.data, 0)
 
 
-def test_what_a_run_remembers_gives_the_axis_back_and_counts_cells_per_point():
+def test_what_a_run_tells_of_its_course_counts_cells_per_point():
     column = pd.Categorical(np.repeat([0.0, 6.0, 12.0], 20), categories=[0.0, 3.0, 6.0, 12.0])
     adata = cells(time=column, perturbation=np.repeat(["control", "A", "A"], 20))
     settings = config(holdout=("time=6",))
     dataset, found = course(adata, settings)
     cut = times.split(dataset, found, settings.data, 0)
     courses = times.series(dataset, found, cut.train)
-    axis = times.axis_of(found, cut.train)
-    table = times.facts(found, axis, courses, cut)
-    assert times.axis_from(table) == axis
+    table = times.facts(found, courses, cut)
     assert table["points"][1] == {"name": "6", "time": 6.0, "train": 0, "validation": 0, "heldout": 20}
     assert table["points_without_cells"] == ["3.0"]
     assert table["points_with_few_cells"] == []

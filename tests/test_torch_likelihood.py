@@ -11,10 +11,12 @@ import scipy.special
 import scipy.stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 torch = pytest.importorskip("torch")
 
-from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN  # noqa: E402
+from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN, TABLE_ROWS  # noqa: E402
+from pf_core.count_table import count_table  # noqa: E402
 from pf_torch.likelihood import (  # noqa: E402
     digamma_difference,
     elbo_loss,
@@ -23,6 +25,7 @@ from pf_torch.likelihood import (  # noqa: E402
     lgamma_difference,
     nb_log_prob,
     nb_log_prob_elements,
+    nb_log_prob_sum,
     reparameterize,
     strict_clip,
 )
@@ -252,3 +255,76 @@ def test_elbo_is_the_weighted_mean_and_its_parts_carry_no_gradient():
     assert not any(part.requires_grad for part in parts.values())
     unweighted, _ = elbo_loss(x, mu, r, z_mu, z_logvar.double())
     np.testing.assert_allclose(unweighted.item(), nll.mean() + kl.mean(), rtol=1e-14)
+
+
+# --- by the count table -------------------------------------------------------------------------------------------
+
+
+def tabled(x, weight, dtype=F64) -> dict:
+    cells = sparse.csr_matrix(np.asarray(x, np.float64))
+    found = count_table(cells, np.asarray(weight), int((np.asarray(x) > TABLE_ROWS).sum()) + 5, dtype="float64")
+    return {"method": "table", "table": torch.tensor(found["table"]).to(dtype), "tail": torch.tensor(found["tail"])}
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_the_count_table_keeps_the_demanded_accuracy_over_the_whole_domain(dtype):
+    unit = 1.0 if dtype == F32 else 2.0**-29
+    for point in grid().T:
+        x, mu, r = (torch.tensor([[v]], dtype=dtype) for v in point)
+        mu.requires_grad_()
+        r = r[0].requires_grad_()
+        value = nb_log_prob_sum(x, mu, r, **tabled(x, np.ones(1), dtype))
+        d_mu, d_r = torch.autograd.grad(value, (mu, r))
+        x_, mu_, r_ = x.item(), mu.item(), r.item()
+        log_p, want_log_r, want_mu = exact(x_, mu_, r_)
+        where = f"x={x_!r} mu={mu_!r} r={r_!r}"
+        assert abs(value.item() - log_p) <= 1e-6 * unit * (1 + x_ + mu_ + abs(log_p)), where
+        assert abs(d_r.item() * r_ - want_log_r) <= 1e-6 * unit * (1 + x_ + mu_), where
+        assert abs(d_mu.item() - want_mu) <= 1e-6 * unit * abs(want_mu), where
+
+
+def test_the_count_table_is_the_weighted_sum_whatever_the_counts():
+    rng = np.random.default_rng(31)
+    x = rng.poisson(rng.gamma(0.5, 30.0, (23, 17))).astype(float)
+    x[3, 2], x[7, 2], x[0, 16], x[22, 0] = 1e6, 99991, TABLE_ROWS, TABLE_ROWS + 1
+    mu, r, weight = rng.gamma(1, 20, x.shape) + 0.01, np.exp(rng.uniform(-8, 8, 17)), rng.integers(0, 9, 23) / 4
+    want = (weight[:, None] * scipy.stats.nbinom.logpmf(x, r, r / (r + mu))).sum()
+    for method in (tabled(x, weight), {"method": "stable"}):
+        got = nb_log_prob_sum(torch.tensor(x), torch.tensor(mu), torch.tensor(r), weight=torch.tensor(weight), **method)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+def test_the_count_table_has_all_derivatives_forward_backward_and_second():
+    rng = np.random.default_rng(37)
+    x, weight = rng.integers(0, 50, (5, 3)), np.array([1.0, 0.0, 2.0, 0.25, 1.0])
+    mu = torch.tensor(rng.uniform(0.5, 50, (5, 3)), requires_grad=True)
+    r = torch.tensor(rng.uniform(0.5, 5, 3), requires_grad=True)
+    given = {"weight": torch.tensor(weight), **tabled(x, weight)}
+    function = lambda mu, r: nb_log_prob_sum(torch.tensor(x), mu, r, **given)
+    assert torch.autograd.gradcheck(function, (mu, r), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (mu, r))
+
+
+def test_the_elbo_is_the_same_with_and_without_the_count_table():
+    rng = np.random.default_rng(41)
+    x, mu, r = rng.poisson(20.0, (7, 5)), rng.gamma(2, 10, (7, 5)), rng.gamma(1, 2, 5) + 0.1
+    weight = torch.tensor([1.0, 0, 2, 0.5, 0, 1, 1], dtype=F64)
+    x, mu, r, z_mu, z_logvar = (torch.tensor(a) for a in (x, mu, r, *rng.normal(size=(2, 7, 3))))
+    for weights in (weight, None):
+        table = tabled(x, np.ones(7) if weights is None else weight)
+        del table["method"]
+        for r_ in (r, r.expand_as(mu)):
+            one, _ = elbo_loss(x, mu, r_, z_mu, z_logvar, weight=weights, **table)
+            two, _ = elbo_loss(x, mu, r_, z_mu, z_logvar, weight=weights)
+            np.testing.assert_allclose(one, two, rtol=1e-12)
+
+
+def test_the_count_table_refuses_what_does_not_fit():
+    x = torch.ones(3, 5)
+    with pytest.raises(ValueError, match="needs table and tail"):
+        nb_log_prob_sum(x, x, torch.ones(5), method="table")
+    table = {"method": "table", "table": torch.zeros(7, 5), "tail": torch.full((2,), -1)}
+    with pytest.raises(ValueError, match="do not fit"):
+        nb_log_prob_sum(x, x, x, **table)
+    with pytest.raises(ValueError, match="method is 'exact'"):
+        nb_log_prob_sum(x, x, torch.ones(5), method="exact")
