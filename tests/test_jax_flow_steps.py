@@ -50,6 +50,10 @@ RIVAL = "discriminator."
 SINGLE = {"cvae": cvae_step, "flow": flow_step}
 
 
+# Compiling each step anew takes minutes; the parity suite runs the same steps in the fast tier.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(autouse=True)
 def _double():
     before = jax.config.jax_enable_x64  # Backend(dtype="float64") turns 64-bit numbers on for the process
