@@ -452,7 +452,7 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "steps",
         "the guard never looks at what is new",
-        "sure = _surely_finite(*old, norm, lr, settings)",
+        "sure = _surely_finite(old, norm, lr, settings)",
         "sure = jnp.array(True)",
     ),
     (

@@ -20,6 +20,7 @@ from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset
 from pf_core.errors import ConfigError, DataError, RunError
 from pf_core.flow_batches import CvaeSource, PairSource, course_vocabulary
+from pf_core.flow_judgement import judge_run
 from pf_core.flow_model import FlowModel
 from pf_core.initial import Parameters, Sizes, cvae_parameters, flow_parameters, running_statistics
 from pf_core.latent import LatentModel
@@ -187,7 +188,7 @@ def _fit(
     run.write("latents.json", json.dumps(_latent_facts(model, dataset, split), indent=1) + "\n")
     run.commit()
     with console.status("judging the held-out time points") if console and console.is_terminal else nullcontext():
-        flow_report.judge_run(model, dataset, course, split, console=console)
+        judge_run(model, dataset, course, split, console=console)
     return model
 
 

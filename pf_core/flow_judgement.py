@@ -6,12 +6,13 @@ counts per 10,000, by the energy distance's U-statistic.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pf_core import metrics, noise, times
+from pf_core import flow_report, metrics, noise, times
 from pf_core.baselines import Declined
 from pf_core.ceiling import resample
 from pf_core.config import Output
@@ -19,14 +20,18 @@ from pf_core.data import Dataset
 from pf_core.errors import PredictionError
 from pf_core.metrics import PCA
 from pf_core.outputs import Csr
+from pf_core.report import HeldOutCells, render
+from pf_core.splits import Split
 from pf_core.time_baselines import Gap, closeness, gap, mixed, ot_interpolation
 from pf_core.times import Course, Point
-from pf_core.verdict import Condition, MetricRow
+from pf_core.verdict import Condition, MetricRow, metrics_json, print_metrics
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pf_core.flow_model import FlowModel, Sides
 
-__all__ = ["MODEL", "Judged", "evaluate"]
+__all__ = ["MODEL", "Judged", "evaluate", "judge_run"]
 
 Kind = Literal["model", "baseline", "reference"]
 
@@ -50,6 +55,50 @@ class Judged:
     neighbours: np.ndarray  # (n, 2)
     real: np.ndarray  # (n, 2)
     predicted: np.ndarray | None  # (n, 2); None where the model declined
+
+
+def judge_run(
+    model: FlowModel,
+    dataset: Dataset,
+    course: Course,
+    split: Split,
+    *,
+    output: Output = "transport",
+    console: Console | None = None,
+) -> list[Judged]:
+    """Judge a flow on the held-out time points of its own run and write metrics.json and report.html.
+
+    Args:
+        model: a trained flow model; its run receives the files.
+        dataset: with the model's genes.
+        course: its times.
+        split: the run's split.
+        output: how the model's means become cells.
+        console: where the table is printed.
+    """
+    seen = np.union1d(split.train, split.validation)
+    ruler, judged = evaluate(model, dataset, course, seen, split.heldout, output=output, seed=model.config.seed)
+    rows = tuple(row for one in judged for row in one.rows)
+    share = tuple(float(part) for part in ruler.share[:2])
+    report = flow_report.payload(
+        model.run,
+        model.config,
+        model.backend,
+        metrics=rows,
+        cells=tuple(
+            HeldOutCells(one.condition, one.neighbours, one.real, one.predicted)
+            for one in judged
+            if one.predicted is not None
+        ),
+        explained=(share[0], share[1]) if len(share) > 1 else None,
+        facts={"output": output},
+    )
+    model.run.write("metrics.json", json.dumps(metrics_json(rows), indent=1) + "\n")
+    model.run.write("report.html", render(report))
+    model.run.commit()
+    if console is not None:
+        print_metrics(console, rows)
+    return judged
 
 
 def evaluate(

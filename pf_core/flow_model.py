@@ -22,11 +22,12 @@ from pf_core.checkpoint import Run
 from pf_core.config import RK4_STEPS, Config, Output
 from pf_core.data import Dataset
 from pf_core.errors import PredictionError, RunError, nearest
-from pf_core.labels import CONTROL, Members, parse_condition
+from pf_core.flow_batches import condition_code
+from pf_core.labels import Members, parse_condition
 from pf_core.latent import ENCODE_BLOCK, LatentModel
 from pf_core.model import read_config, read_vocabulary
 from pf_core.outputs import Csr, Means, predicted_counts
-from pf_core.time_baselines import Gap, closeness, mixed
+from pf_core.time_baselines import Gap, closeness, mixed, paced, path_lengths, some
 from pf_core.times import Axis
 
 if TYPE_CHECKING:
@@ -92,10 +93,8 @@ class FlowModel(LatentModel):
         Raises:
             PredictionError: a perturbation that was not in training.
         """
-        members, known = parse_condition(label, self.config.data), self.vocabulary.perturbations[1:]
-        for name, _ in members:
-            if name not in known:
-                raise PredictionError(f"condition {name!r} was not in training; {nearest(name, (CONTROL, *known))}")
+        members = parse_condition(label, self.config.data)
+        condition_code(members, "", self.vocabulary)
         return members
 
     def code(self, condition: str, tissue: str) -> np.ndarray:
@@ -107,7 +106,8 @@ class FlowModel(LatentModel):
         known = self.vocabulary.tissues[1:] or self.vocabulary.tissues
         if tissue not in known:
             raise PredictionError(f"tissue {tissue!r} was not in training; {nearest(tissue, known)}")
-        return condition_code(self.vocabulary, self.members(condition), tissue).astype(self.config.dtype)
+        members = parse_condition(condition, self.config.data)
+        return condition_code(members, tissue, self.vocabulary).astype(self.config.dtype)
 
     def codes(self, condition: str, tissues: np.ndarray) -> np.ndarray:
         """(n, n_conditions) codes of one condition in the tissue of each cell."""
@@ -222,6 +222,17 @@ class FlowModel(LatentModel):
         draw = f"{DRAW}.{name}" if name else DRAW
         return predicted_counts(dataset.rows(cells), chosen, seed=seed, name=draw, output=output, r=self.dispersion())
 
+    def place(self, dataset: Dataset, gap: Gap) -> float:
+        """Where in a gap a time lies, 0 at the earlier point and 1 at the later, at the configured pace (flow.pace)."""
+        before, after = gap.sides  # type: ignore[misc]
+        if self.config.flow.pace == "even":
+            return closeness(before.time, gap.time, after.time)
+        latents = [
+            self.encode(dataset, some(point.cells, MAX_CELLS, 0, f"pace.{point.name}")) / self.params["flow.scale"]
+            for point in gap.points
+        ]
+        return paced([point.time for point in gap.points], path_lengths(latents), gap.time)
+
     def interpolate(
         self,
         dataset: Dataset,
@@ -237,7 +248,8 @@ class FlowModel(LatentModel):
         """Cells at a time point that was not measured, from the measured ones next to it.
 
         Cells of the earlier point are moved forward, cells of the later one backward, each by `reach` of the way, and
-        put together in proportion to closeness: reach 0 is the plain mixture of the neighbours' cells.
+        put together in proportion to closeness: reach 0 is the plain mixture of the neighbours' cells. How close the
+        time is to either side is a matter of flow.pace, see `place`.
 
         Args:
             dataset: with the model's genes.
@@ -255,9 +267,11 @@ class FlowModel(LatentModel):
         if isinstance(found, Declined):
             return found
         reach = self.config.flow.reach if reach is None else reach
-        share = closeness(found[0].time, gap.time, found[1].time) if sides == "both" else float(sides == "next")
+        place = self.place(dataset, gap)
+        share = place if sides == "both" else float(sides == "next")
         chosen = mixed(found[0].cells, found[1].cells, share, seed=seed, name=name, most=MAX_CELLS)
-        [target] = self.scaled([gap.time])
+        ends = self.scaled([side.time for side in found])
+        target = ends[0] + place * (ends[1] - ends[0])
         code, parts = self.code(gap.label, gap.tissue), []
         for side, cells in zip(found, chosen, strict=True):
             if len(cells):
@@ -306,15 +320,6 @@ class FlowModel(LatentModel):
         found = trajectory.cells(self, source)
         pair = trajectory.counterfactual(self, found, first, second, times, start=start, **options)
         return trajectory.to_anndata(self, found, pair[0]), trajectory.to_anndata(self, found, pair[1])
-
-
-def condition_code(vocabulary: Vocabulary, members: Members, tissue: str) -> np.ndarray:
-    """(n_perturbations + n_tissues,) relative dose of every perturbation, then the one-hot tissue."""
-    doses, places = np.zeros(len(vocabulary.perturbations)), np.zeros(len(vocabulary.tissues))
-    codes = vocabulary.codes("perturbations", [name for name, _ in members])
-    doses[codes] = vocabulary.relative_doses(codes, np.array([dose for _, dose in members]))
-    places[vocabulary.codes("tissues", [tissue])] = 1.0
-    return np.concatenate([doses, places])
 
 
 def _blocks(n: int) -> list[tuple[slice, tuple[tuple[int, int], tuple[int, int]]]]:

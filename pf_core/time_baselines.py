@@ -8,18 +8,21 @@ the mixture's cells are those that the model moves: a model that moves them not 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
 
 from pf_core.baselines import Declined
 from pf_core.coupling import exact_plan, sample_pairs
+from pf_core.metrics import energy_distance
 from pf_core.noise import generator
 from pf_core.outputs import Csr
 from pf_core.times import Point, Series
 
-__all__ = ["Gap", "closeness", "gap", "mixed", "ot_interpolation"]
+__all__ = ["Gap", "closeness", "gap", "mixed", "ot_interpolation", "paced", "path_lengths", "some"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Gap:
     time: float  # real units
     before: Point | None
     after: Point | None
+    points: tuple[Point, ...] = ()  # of the series, without any at this time
 
     @property
     def sides(self) -> tuple[Point, Point] | Declined:
@@ -46,9 +50,10 @@ class Gap:
 
 def gap(series: Series, time: float) -> Gap:
     """The gap of a series in which a time lies; a time point of the series at this very time is left out."""
-    before = [point for point in series.points if point.time < time]
-    after = [point for point in series.points if point.time > time]
-    return Gap(series.label, series.tissue, time, before[-1] if before else None, after[0] if after else None)
+    points = tuple(point for point in series.points if point.time != time)
+    before = [point for point in points if point.time < time]
+    after = [point for point in points if point.time > time]
+    return Gap(series.label, series.tissue, time, before[-1] if before else None, after[0] if after else None, points)
 
 
 def closeness(before: float, time: float, after: float) -> float:
@@ -60,6 +65,40 @@ def closeness(before: float, time: float, after: float) -> float:
     if not before < time < after:
         raise ValueError(f"time {time:g} is not between {before:g} and {after:g}")
     return (time - before) / (after - before)
+
+
+def path_lengths(cells: Sequence[np.ndarray]) -> np.ndarray:
+    """(n_points,) length of the way from the first time point to each, by the distances of neighbours.
+
+    The distance is the root of the energy distance (U, below 0 counted as 0), which is a metric.
+
+    Args:
+        cells: (n, d) coordinates of the cells of every time point, in order.
+    """
+    steps = [math.sqrt(max(energy_distance(x, y), 0.0)) if min(len(x), len(y)) > 1 else 0.0 for x, y in pairwise(cells)]
+    return np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def paced(times: Sequence[float], lengths: Sequence[float] | np.ndarray, time: float) -> float:
+    """Where in its gap a time lies, 0 at the earlier point and 1 at the later, where cells do not change evenly.
+
+    The length of the way is interpolated over time by a monotone cubic (Fritsch and Carlson 1980): where cells change
+    fast before a gap and slowly after it, most of the gap's change comes early. With two points it is linear in time.
+
+    Args:
+        times: (n_points,) measured times, rising, on both sides of `time`.
+        lengths: (n_points,) from `path_lengths`.
+        time: the unseen time.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    after = int(np.searchsorted(times, time))
+    if not 0 < after < len(times) or times[after] == time:
+        raise ValueError(f"time {time:g} is not between two of {', '.join(f'{one:g}' for one in times)}")
+    gap = lengths[after] - lengths[after - 1]
+    if not gap > 0:  # nothing changes across the gap, so that every place in it is the same
+        return closeness(times[after - 1], time, times[after])
+    return float((PchipInterpolator(times, lengths)(time) - lengths[after - 1]) / gap)
 
 
 def mixed(
@@ -83,10 +122,11 @@ def mixed(
     counts = [
         min(len(c), max(1, math.floor(n * p + 0.5))) if p > 0 else 0 for c, p in ((before, 1 - share), (after, share))
     ]
-    return _some(before, counts[0], seed, f"{name}.before"), _some(after, counts[1], seed, f"{name}.after")
+    return some(before, counts[0], seed, f"{name}.before"), some(after, counts[1], seed, f"{name}.after")
 
 
-def _some(cells: np.ndarray, n: int, seed: int, name: str) -> np.ndarray:
+def some(cells: np.ndarray, n: int, seed: int, name: str) -> np.ndarray:
+    """At most n of the cells, in their order."""
     if n >= len(cells):
         return cells
     return cells[np.sort(generator(seed, f"mixture.{name}").permutation(len(cells))[:n])]
@@ -107,7 +147,7 @@ def ot_interpolation(
     Returns:
         (k, n_genes) CSR of log-normalised interpolated cells: k pairs of the plan, the number of the larger side.
     """
-    i = _some(np.arange(len(x)), most, seed, f"{name}.couple.before")
-    j = _some(np.arange(len(y)), most, seed, f"{name}.couple.after")
+    i = some(np.arange(len(x)), most, seed, f"{name}.couple.before")
+    j = some(np.arange(len(y)), most, seed, f"{name}.couple.after")
     pairs = sample_pairs(exact_plan(x[i], y[j]), max(len(i), len(j)), generator(seed, f"mixture.{name}.pairs"))
     return sparse.csr_matrix((1.0 - share) * before[i[pairs[0]]] + share * after[j[pairs[1]]])

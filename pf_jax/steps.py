@@ -438,7 +438,7 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
         # arrays keeps them from being written in place, which costs more than Adam; where bounds do not say that they
         # are finite, they are computed for the look alone.
         look = lambda old, grads, update=update: _finite(*jax.tree.leaves(update(old, grads)))
-        sure = _surely_finite(*old, norm, lr, settings)
+        sure = _surely_finite(old, norm, lr, settings)
         ok &= jnp.isfinite(norm) & jax.lax.cond(sure, lambda *_: jnp.array(True), look, old, grads)
         params, m, v, count = update(old, grads)
         new = TrainState(new.params | params, {}, new.m | m, new.v | v, count, carry)
@@ -454,9 +454,9 @@ def _finite(*leaves: jax.Array) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _surely_finite(params, m, v, norm: jax.Array, lr: jax.Array, settings: StageConfig) -> jax.Array:
+def _surely_finite(old: list[Arrays], norm: jax.Array, lr: jax.Array, settings: StageConfig) -> jax.Array:
     """Whether bounds alone show that Adam's results are finite: cheaper than looking at them."""
-    p, m, v = (jnp.stack([jnp.abs(leaf).max() for leaf in tree.values()]).max() for tree in (params, m, v))
+    p, m, v = (jnp.stack([jnp.abs(leaf).max() for leaf in tree.values()]).max() for tree in old)
     largest = 10.0 * (m + norm) / ADAM_EPS
     return jnp.isfinite(v + norm * norm) & jnp.isfinite(p + lr * (largest + settings.weight_decay * p))
 

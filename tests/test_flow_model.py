@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from linear_flow import N_GENES, RATES, SCALE, course, flowed, linear_model
+from scipy import sparse
 
 from pf_core import trajectory
 from pf_core.baselines import Declined
 from pf_core.errors import PredictionError
 from pf_core.sensitivity import sensitivity
-from pf_core.time_baselines import gap, mixed
+from pf_core.time_baselines import gap, mixed, paced, path_lengths
 from pf_core.times import series
 
 
@@ -137,6 +138,33 @@ def test_reach_zero_is_the_plain_mixture_of_the_neighbours(model, found):
     first, second = mixed(hole.before.cells, hole.after.cells, 0.5, seed=5, name="d", most=2000)
     np.testing.assert_array_equal(still.cells, np.concatenate([first, second]))
     np.testing.assert_array_equal(still.counts.toarray(), found.dataset.rows(still.cells).toarray())
+
+
+def test_at_the_pace_of_the_cells_share_and_target_are_those_of_the_place():
+    model = linear_model(pace="path")
+    cells = trajectory.cells(model, uneven())
+    [one] = [s for s in series(cells.dataset, cells.course, np.arange(cells.dataset.n_cells)) if s.label == "control"]
+    hole = gap(one, 11.5)
+    latents = [model.encode(cells.dataset, point.cells) / SCALE for point in one.points]
+    place = paced([10.0, 11.0, 12.0], path_lengths(latents), 11.5)
+    assert abs(place - 0.5) > 0.03
+    between = model.interpolate(cells.dataset, hole)
+    assert (between.start == 12.0).mean() == pytest.approx(place, abs=0.02)
+    code = model.code("control", "blood")
+    rows = between.start == 11.0
+    np.testing.assert_allclose(between.z1[rows], flowed(between.z0[rows], code, place * 0.5), rtol=1e-12)
+
+
+def uneven():
+    """Control cells of one tissue that change much from day 10 to 11 and little from 11 to 12."""
+    adata = course(n=60, drug=False, tissues=("blood",))
+    late = (adata.obs["time"] == 12.0).to_numpy()
+    middle = (adata.obs["time"] == 11.0).to_numpy()
+    counts = adata.X.toarray()
+    counts[middle, 0] += 3000
+    counts[late, 0] += 3100
+    adata.X = sparse.csr_matrix(counts)
+    return adata
 
 
 def test_no_time_point_on_one_side_is_declined(model, found):

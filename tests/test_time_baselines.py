@@ -6,7 +6,7 @@ from scipy import sparse
 
 from pf_core.baselines import Declined
 from pf_core.metrics import energy_distance
-from pf_core.time_baselines import closeness, gap, mixed, ot_interpolation
+from pf_core.time_baselines import closeness, gap, mixed, ot_interpolation, paced, path_lengths
 from pf_core.times import Point, Series
 
 MANY = 2000
@@ -103,3 +103,36 @@ def test_a_gap_at_the_end_of_a_series_declines(time, word):
     found = gap(Series("drug", "t", (point(0.0), point(9.0))), time).sides
     assert isinstance(found, Declined)
     assert found.reason == f"there is no {word} time point to interpolate from"
+
+
+# --- pace ---------------------------------------------------------------------------------------------------------
+def test_the_way_is_as_long_as_the_sum_of_its_steps():
+    rng = np.random.default_rng(0)
+    cells = [rng.normal(size=(n, 3)) + shift for n, shift in ((31, 0.0), (29, 2.0), (37, 2.0))]
+    first, second = (energy_distance(*pair) for pair in (cells[:2], cells[1:]))
+    np.testing.assert_allclose(path_lengths(cells), [0.0, first**0.5, first**0.5 + max(second, 0.0) ** 0.5])
+
+
+def test_an_even_way_is_linear_in_time_and_two_points_are():
+    assert paced([0.0, 1.0, 2.0, 4.0], [0.0, 3.0, 6.0, 12.0], 2.5) == pytest.approx(0.25)
+    assert paced([0.0, 10.0], [0.0, 7.0], 4.0) == pytest.approx(0.4)
+
+
+def test_what_changed_fast_before_a_gap_changes_early_in_it():
+    times = [0.0, 1.0, 3.0, 4.0]
+    early, late = paced(times, [0.0, 5.0, 8.0, 8.1], 2.0), paced(times, [0.0, 0.1, 3.1, 8.1], 2.0)
+    assert early > 0.55
+    assert late < 0.45
+    places = [paced(times, [0.0, 5.0, 8.0, 8.1], time) for time in np.linspace(1.01, 2.99, 50)]
+    assert (np.diff(places) > 0).all()
+    assert 0 < places[0] < places[-1] < 1
+
+
+def test_a_gap_without_change_is_even():
+    assert paced([0.0, 1.0, 3.0], [0.0, 2.0, 2.0], 1.5) == 0.25
+
+
+def test_a_time_outside_the_points_has_no_place():
+    for time in (-1.0, 0.0, 1.0, 4.0):
+        with pytest.raises(ValueError, match="is not between two of 0, 1, 3"):
+            paced([0.0, 1.0, 3.0], [0.0, 1.0, 2.0], time)
