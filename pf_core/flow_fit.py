@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ from pf_core.flow_batches import CvaeSource, PairSource, course_vocabulary
 from pf_core.flow_judgement import judge_run
 from pf_core.flow_model import FlowModel
 from pf_core.initial import Parameters, Sizes, cvae_parameters, flow_parameters, running_statistics
-from pf_core.model import Model, read_vocabulary, vocabulary_json
+from pf_core.latent import LatentModel
+from pf_core.model import read_vocabulary, vocabulary_json
 from pf_core.networks import Network, load_network
 from pf_core.splits import Split
 from pf_core.start import start_vae
@@ -50,8 +52,8 @@ def fit_flow(
     compile: bool = False,
     backed: bool = False,
     console: Console | None = None,
-) -> Run:
-    """Train a flow on a time course and write the run directory.
+) -> FlowModel:
+    """Train a flow on a time course, judge the held-out time points, write the run directory.
 
     Args:
         source: AnnData, or the path of an h5ad file or zarr store, with a column of times.
@@ -126,7 +128,7 @@ def resume_flow(
     device: str = "cpu",
     compile: bool = False,
     console: Console | None = None,
-) -> Run:
+) -> FlowModel:
     """Continue a flow run, bit for bit in the same twin, from its last checkpoint.
 
     Args:
@@ -175,18 +177,19 @@ def _fit(
     twin: Backend,
     couple: coupling.Coupler,
     console: Console | None,
-) -> Run:
+) -> FlowModel:
     run.log("training with " + ", ".join(f"{key} {value}" for key, value in twin.describe().items()))
     with reporter(console) as show:
         params = _train(run, config, dataset, course, split, twin, couple, show)
+    graph, axis = _network(run), Axis(**run.read_json("data.json")["time"])
+    edges = graph.arrays(config.dtype) if graph is not None else {}
+    model = FlowModel(config, read_vocabulary(run), params, twin, run, axis, edges)
     run.write("model.safetensors", params)
-    model = Model(config, read_vocabulary(run), params, twin, run)
     run.write("latents.json", json.dumps(_latent_facts(model, dataset, split), indent=1) + "\n")
-    graph = run.read_arrays("network.safetensors") if run.has("network.safetensors") else {}
-    axis = Axis(**run.read_json("data.json")["time"])
-    flow = FlowModel(config, model.vocabulary, params, twin, run, axis, graph)
-    judge_run(flow, dataset, course, split, console=console)
-    return run
+    run.commit()
+    with console.status("judging the held-out time points") if console and console.is_terminal else nullcontext():
+        judge_run(model, dataset, course, split, console=console)
+    return model
 
 
 def _train(
@@ -215,7 +218,7 @@ def _train(
         name: np.asarray(value, config.dtype) for name, value in (best.group("carry") if best else carry).items()
     }
 
-    latents = Model(config, names, params, twin, run).encode(dataset).astype(np.float64)
+    latents = LatentModel(config, names, params, twin, run).encode(dataset).astype(np.float64)
     center, scale = coupling.standard(latents[split.train])
     graph = _network(run)
     start = flow_parameters(
@@ -251,7 +254,7 @@ def _network(run: Run) -> Network | None:
     return Network(arrays["source"], arrays["target"], arrays["sign"], run.read_json("data.json")["network"])
 
 
-def _latent_facts(model: Model, dataset: Dataset, split: Split) -> dict[str, Any]:
+def _latent_facts(model: LatentModel, dataset: Dataset, split: Split) -> dict[str, Any]:
     """What latents.json holds: tissue information left in the means of the cells that training has seen."""
     seen = np.union1d(split.train, split.validation)
     return {"tissue": tissue_left(model.encode(dataset, seen), dataset.tissue[seen], model.config.seed)}

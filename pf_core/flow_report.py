@@ -33,6 +33,7 @@ def payload(run: Run, config: Config, twin: Backend, **judged: Any) -> report.Re
     return report.Report(
         title=source,
         config=config,
+        origin="neighbouring time points",
         data=report.DataSummary(
             source=source,
             n_cells=sum(cells.values()),

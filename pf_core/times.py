@@ -5,8 +5,8 @@ How times are read, in one place:
 - the column config.data.time holds finite numbers, in one unit: that of the column "<time>_unit" where there is one;
 - time points are its distinct values; or the groups of the column config.data.timepoint, each at the mean time of its
   cells; or config.flow.bins groups of about equally many cells (quantiles), each at the mean time of its cells;
-- a condition begins with the control cells of its tissue at the latest control time point before its own first one,
-  where there is such a point;
+- a condition begins with the control cells of its tissue at the latest control time point before its own first one (in
+  the whole data set, held out or not), where there is such a point;
 - the flow's own time is s = (time - first) / (last - first), first and last among the cells that are seen in training.
 
 Time points are read from all cells, held-out ones included: a time is a label, not a measurement.
@@ -274,12 +274,19 @@ def split(dataset: Dataset, course: Course, config: DataConfig, seed: int) -> Sp
 
 # --- what follows what ---------------------------------------------------------------------------------------------
 def series(dataset: Dataset, course: Course, cells: np.ndarray) -> list[Series]:
-    """Every condition and tissue among these cells with its time points, sorted by label and tissue."""
+    """Every condition and tissue among these cells with its time points, sorted by label and tissue.
+
+    A condition begins with the controls before its first time point in the whole data set: where that one is held out, the
+    condition has begun all the same, and later controls are not what its cells were.
+    """
     cells = np.unique(np.asarray(cells, np.int64))
+    first: dict[tuple[str, str], float] = {}
+    keys = list(zip(dataset.label.tolist(), dataset.tissue.tolist(), strict=True))
+    for key, time in zip(keys, course.points[course.index].tolist(), strict=True):
+        first[key] = min(time, first.get(key, time))
     found: dict[tuple[str, str], dict[int, list[int]]] = {}
     for cell in cells.tolist():
-        points = found.setdefault((str(dataset.label[cell]), str(dataset.tissue[cell])), {})
-        points.setdefault(int(course.index[cell]), []).append(cell)
+        found.setdefault(keys[cell], {}).setdefault(int(course.index[cell]), []).append(cell)
     measured = {
         (label, tissue): [
             Point(float(course.points[p]), course.names[p], label, np.array(points[p], np.int64))
@@ -289,7 +296,7 @@ def series(dataset: Dataset, course: Course, cells: np.ndarray) -> list[Series]:
     }
     out = []
     for (label, tissue), points in sorted(measured.items()):
-        before = [p for p in measured.get((CONTROL, tissue), []) if p.time < points[0].time]
+        before = [p for p in measured.get((CONTROL, tissue), []) if p.time < first[label, tissue]]
         out.append(Series(label, tissue, (*before[-1:], *points) if label != CONTROL else tuple(points)))
     return out
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PF = [sys.executable, "-m", "pf_core"]
 FAILS = {"pf train screen.h5ad --out broken": 3}  # commands whose point is to fail
 FAST = "--set stage_vae.max_steps=8 --set stage_operator.max_steps=4 --set vae.n_hidden=16 --set vae.n_latent=4"
+FAST += " --set stage_cvae.max_steps=8 --set stage_flow.max_steps=4"
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -160,6 +160,13 @@ def test_a_held_out_point_is_bridged_by_its_neighbours():
     assert interval.stop.cells.tolist() == [4, 5]
 
 
+def test_a_condition_whose_first_point_is_held_out_still_begins_with_the_controls_before_that_point():
+    columns = {"perturbation": ["control", "control", "A", "A"], "time": [0, 12, 12, 24]}
+    dataset, found = course(cells(**columns))
+    drug = times.series(dataset, found, np.array([0, 1, 3]))[0]
+    assert [(p.label, p.time) for p in drug.points] == [("control", 0.0), ("A", 24.0)]
+
+
 def test_conditions_at_one_time_each_make_no_flow():
     dataset, found = course(cells(perturbation=["A", "B"], tissue=["x", "y"], time=[0, 1]))
     with pytest.raises(DataError, match="no condition has training cells at two time points: 'A' in tissue 'x' has 0"):
