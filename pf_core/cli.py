@@ -136,11 +136,8 @@ def train(
     where: dict[str, Any] = {"backend": backend, "device": device, "compile": compile, "console": console}
     if resume is not None:
         flows = read_config(Run.open(resume)).system == "flow"
-        run = (
-            flow_fit.resume_flow(resume, source=data, **where)
-            if flows
-            else fit.resume(resume, source=data, **where).run
-        )
+        resumed = flow_fit.resume_flow if flows else fit.resume
+        run = resumed(resume, source=data, **where).run
     else:
         if data is None:
             raise ConfigError("no data: give an h5ad file, or --resume RUN; pf demo needs no file")
@@ -173,7 +170,7 @@ def train(
                 )
         where |= {"out": out, "config": settings, "backed": backed}
         if settings.system == "flow":
-            run = flow_fit.fit_flow(data, network=grn, beside=beside, **where)
+            run = flow_fit.fit_flow(data, network=grn, beside=beside, **where).run
         else:
             run = fit.fit(data, features=features, **where).run
     console.print(f"run directory: {run.path} (open report.html)", highlight=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pf_core import backends, coupling, data, fit, flow_report, genes, report, splits, times
+from pf_core import backends, coupling, data, fit, flow_report, genes, splits, times
 from pf_core.backends import Backend
 from pf_core.checkpoint import Run
 from pf_core.config import Config
@@ -19,8 +20,10 @@ from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset
 from pf_core.errors import ConfigError, DataError, RunError
 from pf_core.flow_batches import CvaeSource, PairSource, course_vocabulary
+from pf_core.flow_model import FlowModel
 from pf_core.initial import Parameters, Sizes, cvae_parameters, flow_parameters, running_statistics
-from pf_core.model import Model, read_vocabulary, vocabulary_json
+from pf_core.latent import LatentModel
+from pf_core.model import read_vocabulary, vocabulary_json
 from pf_core.networks import Network, load_network
 from pf_core.splits import Split
 from pf_core.start import start_vae
@@ -48,8 +51,8 @@ def fit_flow(
     compile: bool = False,
     backed: bool = False,
     console: Console | None = None,
-) -> Run:
-    """Train a flow on a time course and write the run directory.
+) -> FlowModel:
+    """Train a flow on a time course, judge the held-out time points, write the run directory.
 
     Args:
         source: AnnData, or the path of an h5ad file or zarr store, with a column of times.
@@ -124,7 +127,7 @@ def resume_flow(
     device: str = "cpu",
     compile: bool = False,
     console: Console | None = None,
-) -> Run:
+) -> FlowModel:
     """Continue a flow run, bit for bit in the same twin, from its last checkpoint.
 
     Args:
@@ -173,16 +176,19 @@ def _fit(
     twin: Backend,
     couple: coupling.Coupler,
     console: Console | None,
-) -> Run:
+) -> FlowModel:
     run.log("training with " + ", ".join(f"{key} {value}" for key, value in twin.describe().items()))
     with reporter(console) as show:
         params = _train(run, config, dataset, course, split, twin, couple, show)
+    graph, axis = _network(run), Axis(**run.read_json("data.json")["time"])
+    edges = graph.arrays(config.dtype) if graph is not None else {}
+    model = FlowModel(config, read_vocabulary(run), params, twin, run, axis, edges)
     run.write("model.safetensors", params)
-    model = Model(config, read_vocabulary(run), params, twin, run)
     run.write("latents.json", json.dumps(_latent_facts(model, dataset, split), indent=1) + "\n")
-    run.write("report.html", report.render(flow_report.payload(run, config, twin)))
     run.commit()
-    return run
+    with console.status("judging the held-out time points") if console and console.is_terminal else nullcontext():
+        flow_report.judge_run(model, dataset, course, split, console=console)
+    return model
 
 
 def _train(
@@ -211,7 +217,7 @@ def _train(
         name: np.asarray(value, config.dtype) for name, value in (best.group("carry") if best else carry).items()
     }
 
-    latents = Model(config, names, params, twin, run).encode(dataset).astype(np.float64)
+    latents = LatentModel(config, names, params, twin, run).encode(dataset).astype(np.float64)
     center, scale = coupling.standard(latents[split.train])
     graph = _network(run)
     start = flow_parameters(
@@ -247,7 +253,7 @@ def _network(run: Run) -> Network | None:
     return Network(arrays["source"], arrays["target"], arrays["sign"], run.read_json("data.json")["network"])
 
 
-def _latent_facts(model: Model, dataset: Dataset, split: Split) -> dict[str, Any]:
+def _latent_facts(model: LatentModel, dataset: Dataset, split: Split) -> dict[str, Any]:
     """What latents.json holds: tissue information left in the means of the cells that training has seen."""
     seen = np.union1d(split.train, split.validation)
     return {"tissue": tissue_left(model.encode(dataset, seen), dataset.tissue[seen], model.config.seed)}

@@ -1,38 +1,83 @@
-"""The report of a flow run: its course, its network, tissue left in the latents, and what the report of any run has."""
+"""What ends a flow run: held-out time points judged, and a report of its course, its network and its latents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pf_core import report
-from pf_core.backends import Backend
 from pf_core.checkpoint import Run
-from pf_core.config import Config
+from pf_core.config import Output
+from pf_core.data import Dataset
 from pf_core.errors import RunError
+from pf_core.flow_judgement import Judged, evaluate
 from pf_core.history import read_history
+from pf_core.metrics import PCA
 from pf_core.page import Section, Table
+from pf_core.splits import Split
+from pf_core.times import Course
+from pf_core.verdict import metrics_json, print_metrics
 
-__all__ = ["payload", "read_latents"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pf_core.flow_model import FlowModel
+
+__all__ = ["judge_run", "payload", "read_latents"]
 
 
-def payload(run: Run, config: Config, twin: Backend, **judged: Any) -> report.Report:
-    """What the report shows, from the files of a trained run.
+def judge_run(
+    model: FlowModel,
+    dataset: Dataset,
+    course: Course,
+    split: Split,
+    *,
+    output: Output = "transport",
+    console: Console | None = None,
+) -> list[Judged]:
+    """Judge a model on the held-out time points of its own run and write metrics.json and report.html.
 
     Args:
-        run: with data.json and latents.json.
-        config: of the run.
-        twin: the backend that computed.
-        judged: further fields of report.Report, such as metrics and cells; sections come after those of the run.
+        model: a trained flow model; its run receives the files.
+        dataset: with the model's genes.
+        course: its times.
+        split: the run's split.
+        output: the output mode of the model.
+        console: where the table is printed.
     """
+    seen = np.union1d(split.train, split.validation)
+    ruler, judged = evaluate(model, dataset, course, seen, split.heldout, output=output, seed=model.config.seed)
+    rows = tuple(row for one in judged for row in one.rows)
+    model.run.write("metrics.json", json.dumps(metrics_json(rows), indent=1) + "\n")
+    model.run.write("report.html", report.render(payload(model, judged, ruler, output)))
+    model.run.commit()
+    if console is not None:
+        print_metrics(console, rows)
+    return judged
+
+
+def payload(model: FlowModel, judged: Sequence[Judged], ruler: PCA, output: Output) -> report.Report:
+    """What the report shows: the judgement, and the files of the run, data.json and latents.json among them."""
+    run = model.run
     facts, path = run.read_json("data.json"), run.path / "history.jsonl"
     source = Path(facts["source"]).name if facts["source"] else "AnnData object"
     sections = (_course(facts), *_latents(run, facts), *_network(facts["network"]))
     summary, cells = facts["summary"], facts["cells"]
     return report.Report(
         title=source,
-        config=config,
+        config=model.config,
+        metrics=tuple(row for one in judged for row in one.rows),
+        cells=tuple(
+            report.HeldOutCells(one.condition, one.neighbours, one.real, one.predicted)
+            for one in judged
+            if one.predicted is not None
+        ),
+        origin="neighbouring time points",
+        explained=(float(ruler.share[0]), float(ruler.share[1])) if len(ruler.share) > 1 else None,
         data=report.DataSummary(
             source=source,
             n_cells=sum(cells.values()),
@@ -46,10 +91,9 @@ def payload(run: Run, config: Config, twin: Backend, **judged: Any) -> report.Re
         ),
         audit=report.Audit.of(facts["audit"]),
         history=read_history(path) if path.exists() else (),
-        versions=twin.describe(),
-        facts={"backend": twin.name, "system": "flow", **judged.pop("facts", {})},
-        sections=(*sections, *judged.pop("sections", ())),
-        **judged,
+        versions=model.backend.describe(),
+        facts={"backend": model.backend.name, "system": "flow", "output": output},
+        sections=sections,
     )
 
 

@@ -246,8 +246,12 @@ def cloud(
     predicted: np.ndarray | None,
     limits: tuple[tuple[float, float], tuple[float, float]],
     labels: tuple[str, str] = ("PC 1", "PC 2"),
+    origin: str = "control",
 ) -> str:
-    """Control and real cells beside control and predicted cells, with the outline of the real cells on both."""
+    """Control and real cells beside control and predicted cells, with the outline of the real cells on both.
+
+    `origin` says what stands in the place of control cells, where it is something else.
+    """
     real, moved = _finite(real), _finite(np.empty((0, 2)) if predicted is None else predicted)
     drawn = _thin(real)
     with figure(360, 202) as drawing:
@@ -268,7 +272,7 @@ def cloud(
             if i == 0:
                 axes.set_ylabel(labels[1], labelpad=3, fontsize=10)
         centre = [np.round(points.mean(0), 2) if len(points) else "none" for points in (_finite(control), real, moved)]
-        named = ", ".join(f"{kind} {at}" for kind, at in zip(("control", "real", "predicted"), centre, strict=True))
+        named = ", ".join(f"{kind} {at}" for kind, at in zip((origin, "real", "predicted"), centre, strict=True))
         return svg(drawing, f"{name}: first two principal components. Centres: {named}")
 
 

@@ -78,7 +78,7 @@ ROWS_OPEN = 24  # rows of a table that stand open; a longer one is folded
 class HeldOutCells:
     """Cells of one held-out condition on the first two principal components, each (n, 2).
 
-    `predicted` is None where the model declined.
+    `predicted` is None where the model declined. `control` holds the cells that it starts from, see `Report.origin`.
     """
 
     condition: Condition
@@ -169,6 +169,7 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)  # under the title: backend, device, output mode, ...
     explained: tuple[float, float] | None = None  # share of variance of the two principal components
     notes: tuple[str, ...] = ()  # sentences under the verdict
+    origin: str = "control"  # what predictions start from
     sections: tuple[Section, ...] = ()  # further sections, before the data
 
 
@@ -228,7 +229,8 @@ def _clouds(payload: Report) -> dict[str, Any]:
     share = payload.explained
     labels = (f"PC 1 ({share[0]:.0%} of variance)", f"PC 2 ({share[1]:.0%})") if share else ("PC 1", "PC 2")
     figures = [
-        (one, plots.cloud(one.condition.name, one.control, one.real, one.predicted, limits, labels)) for one in shown
+        (one, plots.cloud(one.condition.name, one.control, one.real, one.predicted, limits, labels, payload.origin))
+        for one in shown
     ]
     return {"figures": figures, "total": len(payload.cells)}
 
