@@ -24,7 +24,14 @@ TWINS = ("jax", "torch")
 
 def settings(*, flow=None, adversary=None, data=None, **stage) -> Config:
     # Every call takes four steps, so that the JAX twin compiles one shape per stage.
-    steps = {"max_steps": 12, "evaluate_every": 8, "checkpoint_every": 4, "steps_per_call": 4, "batch_size": 32, **stage}
+    steps = {
+        "max_steps": 12,
+        "evaluate_every": 8,
+        "checkpoint_every": 4,
+        "steps_per_call": 4,
+        "batch_size": 32,
+        **stage,
+    }
     return Config(
         system="flow",
         data=DataConfig(**{"genes": 0, "holdout": ("time=12,perturbation=drug",), **(data or {})}),
@@ -92,11 +99,16 @@ def test_a_run_holds_parameters_statistics_units_and_network(trained, folder, tw
     assert facts["time"] == {"first": 0.0, "last": 24.0, "unit": "hour"}
     assert facts["heldout"] == [["drug", "tissue1", "12"], ["drug", "tissue2", "12"]]
     assert [point["heldout"] for point in facts["course"]["points"]] == [0, 82, 0]
-    starts = {(one["label"], one["tissue"]): (one["points"], one["starts_from_control"]) for one in facts["course"]["series"]}
+    starts = {
+        (one["label"], one["tissue"]): (one["points"], one["starts_from_control"]) for one in facts["course"]["series"]
+    }
     assert starts["drug", "tissue1"] == (["0", "24"], True)
     assert starts["control", "tissue2"] == (["0", "12", "24"], False)
     vocabulary = run.read_json("vocabulary.json")
-    assert (vocabulary["perturbations"], vocabulary["tissues"]) == (["<unknown>", "drug"], ["<unknown>", "tissue1", "tissue2"])
+    assert (vocabulary["perturbations"], vocabulary["tissues"]) == (
+        ["<unknown>", "drug"],
+        ["<unknown>", "tissue1", "tissue2"],
+    )
     metrics = run.read_json("metrics.json")["metrics"]
     assert {(row["label"], row["tissue"]) for row in metrics} == {("drug", "tissue1"), ("drug", "tissue2")}
 
@@ -149,7 +161,9 @@ def test_without_held_out_cells_a_run_is_not_judged_and_without_tissues_nothing_
     assert not model.run.has("network.safetensors")
 
 
-@pytest.mark.parametrize("flow", [{"scope": "global"}, {"coupling": "entropic", "unbalanced": 1.0}, {"pairing": "argmax"}])
+@pytest.mark.parametrize(
+    "flow", [{"scope": "global"}, {"coupling": "entropic", "unbalanced": 1.0}, {"pairing": "argmax"}]
+)
 @pytest.mark.parametrize("twin", TWINS)
 def test_every_way_of_coupling_trains(folder, tmp_path, flow, twin):
     if flow.get("coupling") == "entropic":
@@ -190,7 +204,9 @@ def test_held_out_cells_leave_no_trace_in_the_model(adata, tmp_path):
 # --- resuming ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("twin", TWINS)
 @pytest.mark.parametrize("stage", ["cvae", "flow"])
-def test_an_interrupted_run_ends_with_the_files_of_an_undisturbed_one(folder, tmp_path, monkeypatch, trained, twin, stage):
+def test_an_interrupted_run_ends_with_the_files_of_an_undisturbed_one(
+    folder, tmp_path, monkeypatch, trained, twin, stage
+):
     kind = type(backends.load(twin))
     run_steps, calls = kind.run, []
 
@@ -304,7 +320,9 @@ QUICK = [
 
 def test_the_commands_simulate_train_and_resume_a_course(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    assert pf(monkeypatch, "simulate", "cells.h5ad", "--flow", "--network", "net.csv", "--genes", 30, "--tissues", 2) == 0
+    assert (
+        pf(monkeypatch, "simulate", "cells.h5ad", "--flow", "--network", "net.csv", "--genes", 30, "--tissues", 2) == 0
+    )
     assert "3 time points" in capsys.readouterr().out
     assert set(anndata.read_h5ad("cells.h5ad").obs["tissue"]) == {"tissue1", "tissue2"}
     train = ["train", "cells.h5ad", "--system", "flow", "--backend", "torch", "--grn", "net.csv", *QUICK]
@@ -321,7 +339,10 @@ def test_the_commands_simulate_train_and_resume_a_course(monkeypatch, tmp_path, 
     [
         (["train", "cells.h5ad", "--grn", "net.csv"], "--grn does not go with the operator system"),
         (["train", "cells.h5ad", "--system", "flow", "--features", "f.csv"], "--features does not go with the flow"),
-        (["train", "cells.h5ad", "--system", "flow", "--set", "flow.unbalanced=2"], "flow.unbalanced is 2, and an exact"),
+        (
+            ["train", "cells.h5ad", "--system", "flow", "--set", "flow.unbalanced=2"],
+            "flow.unbalanced is 2, and an exact",
+        ),
         (["train", "cells.h5ad", "--system", "flow", "--grn", "none.csv"], "none.csv does not exist"),
         (["train", "cells.h5ad", "--system", "flow", "--time-column", "hours"], "obs has no column 'hours'"),
         (["simulate", "new.h5ad", "--network", "n.csv"], "--network goes with --flow"),
