@@ -223,7 +223,7 @@ def candidate_scores(path: Path, source: Any, backend: str, device: str) -> list
     ruler = metrics.real_pca(dataset.rows(np.arange(dataset.n_cells)))
     seen = np.union1d(split.train, split.validation)
     found = {(one.label, one.tissue): one for one in times.series(dataset, course, seen)}
-    keys = sorted({(dataset.label[i], dataset.tissue[i], int(course.index[i])) for i in split.heldout})
+    keys = sorted({(str(dataset.label[i]), str(dataset.tissue[i]), int(course.index[i])) for i in split.heldout})
     values: list[list[float]] = []
     for label, tissue, index in keys:
         here = (dataset.label == label) & (dataset.tissue == tissue) & (course.index == index)

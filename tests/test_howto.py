@@ -17,7 +17,10 @@ from pf_core.config import Config
 ROOT = Path(__file__).resolve().parents[1]
 PF = [sys.executable, "-m", "pf_core"]
 FAILS = {"pf train screen.h5ad --out broken": 3}  # commands whose point is to fail
-FAST = "--set stage_vae.max_steps=8 --set stage_operator.max_steps=4 --set vae.n_hidden=16 --set vae.n_latent=4"
+FAST = (
+    "--set stage_vae.max_steps=8 --set stage_operator.max_steps=4 --set vae.n_hidden=16 --set vae.n_latent=4"
+    " --set stage_cvae.max_steps=8 --set stage_flow.max_steps=8"
+)
 
 
 def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -96,7 +99,7 @@ def test_the_howto_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["response.md", "mloy.md"])
+@pytest.mark.parametrize("page", ["response.md", "mloy.md", "flow.md"])
 def test_the_commands_on_simulated_cells_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / page).read_text()
