@@ -364,10 +364,13 @@ def evaluate(
     for name, value in {"data": data_folder, "out": out, "seeds": seeds, "folds": folds}.items():
         if value is not None:
             raise ConfigError(f"--{name} goes with --task; a run directory takes only --output, --backend, --device")
-    from pf_core import fit
+    from pf_core import fit, flow_fit
+    from pf_core.checkpoint import Run
+    from pf_core.model import read_config
 
     assert run is not None
-    fit.judge_again(run, source=data, backend=backend, device=device, output=output or "transport", console=_console())
+    judge = flow_fit.judge_again if read_config(Run.open(run)).system == "flow" else fit.judge_again
+    judge(run, source=data, backend=backend, device=device, output=output or "transport", console=_console())
 
 
 def _numbers(text: str) -> list[int]:

@@ -15,12 +15,12 @@ import numpy as np
 from pf_core import backends, coupling, data, fit, flow_report, genes, splits, times
 from pf_core.backends import Backend
 from pf_core.checkpoint import Run
-from pf_core.config import Config
+from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset
 from pf_core.errors import ConfigError, DataError, RunError
 from pf_core.flow_batches import CvaeSource, PairSource, course_vocabulary
-from pf_core.flow_judgement import judge_run
+from pf_core.flow_judgement import Judged, judge_run
 from pf_core.flow_model import FlowModel
 from pf_core.initial import Parameters, Sizes, cvae_parameters, flow_parameters, running_statistics
 from pf_core.latent import LatentModel
@@ -35,7 +35,7 @@ from pf_core.training import run_stage
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["fit_flow", "reopen", "resume_flow"]
+__all__ = ["fit_flow", "judge_again", "reopen", "resume_flow"]
 
 FROZEN = ("flow.center", "flow.scale")  # units of the latents that the vector field reads
 
@@ -149,6 +149,21 @@ def reopen(path: str | Path, source: Any = None) -> tuple[Run, Config, Dataset, 
     if config.system != "flow":
         raise RunError(f"{path} is a run of the {config.system} system; pf_core.fit.resume continues it")
     return run, config, dataset, split, times.read(dataset, config)
+
+
+def judge_again(
+    path: str | Path,
+    *,
+    source: Any = None,
+    backend: str = "jax",
+    device: str = "cpu",
+    output: Output = "transport",
+    console: Console | None = None,
+) -> list[Judged]:
+    """Judge the held-out time points of a finished flow run, in another output mode or by the other twin."""
+    _, _, dataset, split, course = reopen(path, source)
+    model = FlowModel.load(path, backend=backend, device=device)
+    return judge_run(model, dataset, course, split, output=output, console=console)
 
 
 def _check(config: Config) -> None:

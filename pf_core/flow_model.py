@@ -37,6 +37,7 @@ __all__ = ["FlowModel", "Moved"]
 
 Sides = Literal["both", "previous", "next"]
 Method = Literal["rk4", "dopri5"]
+Pace = Literal["even", "path"]
 DRAW = "flow"  # names the draws: cells at two times, and under two conditions, get the same
 FEWEST_STEPS = 2  # of Runge-Kutta between two requested times
 MAX_CELLS = 2000  # of a mixture
@@ -222,11 +223,18 @@ class FlowModel(LatentModel):
         draw = f"{DRAW}.{name}" if name else DRAW
         return predicted_counts(dataset.rows(cells), chosen, seed=seed, name=draw, output=output, r=self.dispersion())
 
-    def place(self, dataset: Dataset, gap: Gap) -> float:
-        """Where in a gap a time lies, 0 at the earlier point and 1 at the later, at the configured pace (flow.pace)."""
-        before, after = gap.sides  # type: ignore[misc]
-        if self.config.flow.pace == "even":
-            return closeness(before.time, gap.time, after.time)
+    def place(self, dataset: Dataset, gap: Gap, pace: Pace | None = None) -> float:
+        """Where in a gap with two sides a time lies, 0 at the earlier point and 1 at the later.
+
+        Args:
+            dataset: with the model's genes.
+            gap: the time point and the points of its series.
+            pace: "even" in time, or "path", as fast as latents change from point to point; by default config.flow.pace.
+        """
+        assert gap.before is not None
+        assert gap.after is not None
+        if (pace or self.config.flow.pace) == "even":
+            return closeness(gap.before.time, gap.time, gap.after.time)
         latents = [
             self.encode(dataset, some(point.cells, MAX_CELLS, 0, f"pace.{point.name}")) / self.params["flow.scale"]
             for point in gap.points
@@ -242,6 +250,7 @@ class FlowModel(LatentModel):
         output: Output = "transport",
         seed: int = 0,
         name: str = "",
+        pace: Pace | None = None,
         reach: float | None = None,
         method: Method = "rk4",
     ) -> Moved | Declined:
@@ -257,7 +266,7 @@ class FlowModel(LatentModel):
             sides: "both", or all cells of one side.
             output: how decoded means become cells.
             seed, name: of the draws; a mixture of the same name and seed (`time_baselines.mixed`) has the same cells.
-            reach: config.flow.reach by default.
+            pace, reach: those of config.flow by default.
             method: of integration.
 
         Returns:
@@ -267,7 +276,7 @@ class FlowModel(LatentModel):
         if isinstance(found, Declined):
             return found
         reach = self.config.flow.reach if reach is None else reach
-        place = self.place(dataset, gap)
+        place = self.place(dataset, gap, pace)
         share = place if sides == "both" else float(sides == "next")
         chosen = mixed(found[0].cells, found[1].cells, share, seed=seed, name=name, most=MAX_CELLS)
         ends = self.scaled([side.time for side in found])

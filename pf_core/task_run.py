@@ -114,7 +114,7 @@ def run(
             config = _config(task, fold, seed, settings)
             done = _train(bench, config, folder / f"seed-{seed}", bench.source)
             audits.append(done.read_json("data.json")["audit"])
-            scores += _scores(done, fold, seed, task.min_cells)
+            scores += scores_of(done, fold.index + 1, seed, task.min_cells)
         facts.append(
             {
                 "fold": fold.index + 1,
@@ -146,12 +146,12 @@ def _bench(task: Task, folder: str | Path | None, backend: str, device: str, con
         cell_type = task.train.get("data", {}).get("cell_type", Config().data.cell_type)
         plain = dataclasses.replace(config.data, cell_type=cell_type)
         dataset = data_layer.load(path, plain, training=False)
-        source = _cells(dataset, np.arange(dataset.n_cells), with_context(dataset.obs, task, plain))
+        source = cells_of(dataset, np.arange(dataset.n_cells), with_context(dataset.obs, task, plain))
     dataset = data_layer.load(source, config.data)
     return Bench(task, dataset, source, features, backend, device, console)
 
 
-def _cells(dataset: Dataset, cells: np.ndarray, obs: Any = None) -> Any:
+def cells_of(dataset: Dataset, cells: np.ndarray, obs: Any = None) -> Any:
     """AnnData of some cells, as read."""
     import anndata
     import pandas as pd
@@ -219,12 +219,12 @@ def _train(bench: Bench, config: Config, path: Path, source: Any) -> Run:
     return Run.open(path)
 
 
-def _scores(done: Run, fold: Fold, seed: int, min_cells: int) -> list[Score]:
+def scores_of(done: Run, fold: int, seed: int, min_cells: int) -> list[Score]:
     """The rows of a run's table, without conditions of few cells."""
-    fixed = {"condition", "label", "tissue", "cell_type", "cells", "method", "kind", "declined"}
+    fixed = {"condition", "label", "tissue", "cell_type", "time", "cells", "method", "kind", "declined"}
     return [
         Score(
-            fold=fold.index + 1,
+            fold=fold,
             seed=seed,
             condition=row["condition"],
             cells=row["cells"],
@@ -242,7 +242,7 @@ def _scores(done: Run, fold: Fold, seed: int, min_cells: int) -> list[Score]:
 def _inside(bench: Bench, split: splits.Split) -> Dataset:
     """The cells that training of the outer fold sees, as a data set of their own."""
     kept = np.sort(np.concatenate([split.train, split.validation]))
-    return data_layer.load(_cells(bench.dataset, kept), bench.dataset.config)
+    return data_layer.load(cells_of(bench.dataset, kept), bench.dataset.config)
 
 
 def _choose(bench: Bench, fold: Fold, folder: Path) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _choose(bench: Bench, fold: Fold, folder: Path) -> dict[str, Any]:
     shared = set(inside.cells) & set(bench.dataset.cells[split.heldout])
     if shared:
         raise RuntimeError(f"{len(shared)} cells of the outer fold are in its inner folds")
-    source = _cells(inside, np.arange(inside.n_cells))
+    source = cells_of(inside, np.arange(inside.n_cells))
     inner, candidates = folds_of(inner_task(task), inside), task.inner.candidates()
     (folder / "inner").mkdir(exist_ok=True)
     table = []
@@ -287,7 +287,7 @@ def _inner_score(bench: Bench, config: Config, path: Path, source: Any, fold: Fo
     """The model's mean energy distance in one inner fold; its run directory goes once the number is written."""
     written = path.with_suffix(".json")
     if not written.exists():
-        rows = _scores(_train(bench, config, path, source), fold, seed, bench.task.min_cells)
+        rows = scores_of(_train(bench, config, path, source), fold.index + 1, seed, bench.task.min_cells)
         values = {s.condition: s.values.get(DECIDING_METRIC, float("nan")) for s in rows if s.kind == "model"}
         if not values:
             raise DataError(f"inner fold {fold.name} has no condition of {bench.task.min_cells} cells")

@@ -97,7 +97,7 @@ def test_the_howto_runs_from_top_to_bottom(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["response.md", "mloy.md"])
+@pytest.mark.parametrize("page", ["response.md", "mloy.md", "flow.md"])
 def test_the_commands_on_simulated_cells_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / page).read_text()

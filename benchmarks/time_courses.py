@@ -1,0 +1,173 @@
+"""Held-out time points of four public time courses; writes docs/results_time_courses.md.
+
+    python benchmarks/time_courses.py FOLDER_WITH_H5AD_FILES --runs runs-time --seeds 3
+
+Every middle time point is left out in turn: a training a time point and seed. What is complete is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from pf_core.config import Config, DataConfig, from_dict, to_dict
+from pf_core.flow_judgement import HALVES, INTERPOLATION, MIXTURE, MODEL, NEXT, PREVIOUS
+from pf_core.leave_one_time_out import leave_one_time_out
+from pf_core.task_report import Result
+from pf_core.verdict import DECIDING_METRIC
+
+SIDES = ("flow from the previous point alone", "flow from the next point alone")
+COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, MODEL, HALVES)
+
+
+@dataclass(frozen=True)
+class CourseFile:
+    """A time course: its file and what its columns need."""
+
+    name: str
+    file: str
+    data: DataConfig
+
+
+COURSES = (
+    CourseFile("schiebinger", "schiebinger2019_reprogramming_d10_d11.h5ad", DataConfig()),
+    CourseFile("semrau", "semrau2017_mesc_ra_timecourse.h5ad", DataConfig(min_counts=1)),
+    CourseFile("kameneva", "kameneva2021_sympathoadrenal_timecourse.h5ad", DataConfig()),
+    CourseFile("packer", "packer2019_celegans_neurons_timecourse.h5ad", DataConfig(timepoint="timepoint")),
+)
+
+
+def by_point(result: Result, method: str) -> np.ndarray:
+    """(n_points, n_seeds) energy distance, mean over the conditions of a time point; NaN where the method declined."""
+    found = np.full((len(result.folds), len(result.seeds)), np.nan)
+    for row, fold in enumerate(result.folds):
+        for column, seed in enumerate(result.seeds):
+            values = [
+                score.values.get(DECIDING_METRIC, np.nan)
+                for score in result.scores
+                if (score.fold, score.seed, score.method) == (fold["fold"], seed, method) and not score.declined
+            ]
+            found[row, column] = np.mean(values) if values else np.nan
+    return found
+
+
+def error(values: np.ndarray) -> float:
+    """Standard error of a mean over seeds."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def table(result: Result) -> list[str]:
+    """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
+    values = {method: by_point(result, method) for method in COLUMNS}
+    lines = [f"| left out | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
+    rivals = [method for method in COLUMNS if method != HALVES and method not in SIDES]
+    for row, fold in enumerate(result.folds):
+        means = {method: float(values[method][row].mean()) for method in COLUMNS}
+        least = min(means[method] for method in rivals)
+        cells = [f"**{m:.2f}**" if method in rivals and m == least else f"{m:.2f}" for method, m in means.items()]
+        lines.append(f"| {fold['name']} | {' | '.join(cells)} |")
+    whole = {method: values[method].mean(0) for method in COLUMNS}
+    cells = [f"{mean.mean():.3f} ± {error(mean):.3f}" for mean in whole.values()]
+    return [*lines, f"| mean | {' | '.join(cells)} |"]
+
+
+def against(result: Result, method: str) -> tuple[float, float]:
+    """The model less a method: mean over time points and seeds, and its standard error over seeds."""
+    differences = (by_point(result, MODEL) - by_point(result, method)).mean(0)
+    return float(differences.mean()), error(differences)
+
+
+def verdict(results: dict[str, Result]) -> list[str]:
+    lines = [f"| | less {INTERPOLATION} | less {MIXTURE} |", "|---|---|---|"]
+    below = 0
+    for name, result in results.items():
+        found = [against(result, method) for method in (INTERPOLATION, MIXTURE)]
+        below += all(difference < 0 for difference, _ in found)
+        lines.append(f"| {name} | " + " | ".join(f"{d:+.3f} ± {e:.3f}" for d, e in found) + " |")
+    return [*lines, "", f"Below both in {below} of {len(results)} data sets."]
+
+
+def chosen(result: Result) -> list[str]:
+    """What was chosen on inner time points."""
+    picks = [
+        f"{fold['name']}: {fold['choice']['chosen']['flow.pace']}, {fold['choice']['chosen']['flow.reach']:g}"
+        for fold in result.folds
+        if fold["choice"]
+    ]
+    return [f"\nPace and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
+
+
+def settings(course: CourseFile, sets: Sequence[str]) -> Config:
+    table = to_dict(Config(system="flow", data=course.data))
+    for item in sets:
+        key, _, value = item.partition("=")
+        *path, last = key.split(".")
+        node = table
+        for part in path:
+            node = node[part]
+        node[last] = type(node[last])(value)
+    return from_dict(Config, table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs-time"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--backend", default="jax")
+    parser.add_argument("--inner", action="store_true", help="choose pace and reach on inner time points")
+    parser.add_argument("--only", nargs="*", default=[], help="names of data sets")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ from the default"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results_time_courses.md"))
+    arguments = parser.parse_args()
+    results = {}
+    for course in COURSES:
+        if arguments.only and course.name not in arguments.only:
+            continue
+        results[course.name] = leave_one_time_out(
+            arguments.data / course.file,
+            settings(course, arguments.set),
+            name=course.name,
+            out=arguments.runs / course.name,
+            seeds=range(arguments.seeds),
+            inner=arguments.inner,
+            backend=arguments.backend,
+            console=Console(),
+        )
+    options = [
+        f"--seeds {arguments.seeds}",
+        f"--backend {arguments.backend}",
+        *(["--inner"] if arguments.inner else []),
+    ]
+    options += [f"--set {' '.join(arguments.set)}"] if arguments.set else []
+    lines = [
+        "# Held-out time points of public time courses",
+        "",
+        f"Written by `python benchmarks/time_courses.py DATA {' '.join(options)}` on {platform.machine()}, Python"
+        f" {platform.python_version()}. Energy distance, U-statistic, 20 principal components of all real cells, log1p"
+        " of counts per 10,000; less is better, bold is the least of a row. The flow and every simple answer start from"
+        " the cells of the two neighbouring time points; [flow.md](flow.md) says what each column is. Means over seeds;"
+        " the last row is the mean over time points ± standard error over seeds. What was tried, and what limits it:"
+        " [experiments.md](experiments.md).",
+    ]
+    for name, result in results.items():
+        lines += ["", f"## {name}", "", *table(result), *chosen(result)]
+    lines += [
+        "",
+        "## The flow less the two rivals, mean over time points ± standard error over seeds",
+        "",
+        *verdict(results),
+    ]
+    arguments.out.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
