@@ -104,8 +104,8 @@ def energy_distance_grouped(
     _check(x, y, 3, estimator, power, smoothing)
     sides = x, y, _weights(wx, x, "wx"), _weights(wy, y, "wy")
 
-    def together(*sides: jax.Array) -> jax.Array:
-        return _energy(*sides, estimator, power, smoothing, TILE["jax"])
+    def together(x: jax.Array, y: jax.Array, wx: jax.Array, wy: jax.Array) -> jax.Array:
+        return _energy(x, y, wx, wy, estimator, power, smoothing, TILE["jax"])
 
     def one_by_one(*sides: jax.Array) -> jax.Array:
         return jax.lax.map(lambda one: together(*one), sides)
