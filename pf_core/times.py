@@ -276,8 +276,8 @@ def split(dataset: Dataset, course: Course, config: DataConfig, seed: int) -> Sp
 def series(dataset: Dataset, course: Course, cells: np.ndarray) -> list[Series]:
     """Every condition and tissue among these cells with its time points, sorted by label and tissue.
 
-    A condition begins with the controls before its first time point in the whole data set: where that one is held out, the
-    condition has begun all the same, and later controls are not what its cells were.
+    A condition begins with the controls before its first time point in the whole data set: where that one is held out,
+    the condition has begun all the same, and later controls are not what its cells were.
     """
     cells = np.unique(np.asarray(cells, np.int64))
     first: dict[tuple[str, str], float] = {}
