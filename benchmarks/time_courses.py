@@ -17,13 +17,13 @@ import numpy as np
 from rich.console import Console
 
 from pf_core.config import Config, DataConfig, from_dict, to_dict
-from pf_core.flow_judgement import HALVES, INTERPOLATION, MIXTURE, MODEL, NEXT, PREVIOUS
+from pf_core.flow_judgement import HALVES, INTERPOLATION, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
 from pf_core.leave_one_time_out import leave_one_time_out
 from pf_core.task_report import Result
 from pf_core.verdict import DECIDING_METRIC
 
 SIDES = ("flow from the previous point alone", "flow from the next point alone")
-COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, MODEL, HALVES)
+COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, PACED, MODEL, HALVES)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def table(result: Result) -> list[str]:
     """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
     values = {method: by_point(result, method) for method in COLUMNS}
     lines = [f"| left out | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    rivals = [method for method in COLUMNS if method != HALVES and method not in SIDES]
+    rivals = [method for method in COLUMNS if method not in (HALVES, PACED, *SIDES)]
     for row, fold in enumerate(result.folds):
         means = {method: float(values[method][row].mean()) for method in COLUMNS}
         least = min(means[method] for method in rivals)

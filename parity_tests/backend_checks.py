@@ -263,18 +263,18 @@ def diagnosis(twin: Twin) -> str:
 def gradient_paths(twin: Twin) -> str:
     """value_and_grad tells none from zero, and gradient_health passes that on."""
     array = lambda value: twin.bridge.to_backend(np.asarray(value, np.float64), dtype="float64")
-    params = {"used": array([1.0, 2.0]), "unused": array([3.0]), "flat": array([0.0])}
+    params = {"used": array([1.0, 2.0]), "unused": array([3.0]), "flat": array([0.0]), "linear": array([2.0])}
     value, grads = twin.bridge.value_and_grad(
-        lambda p: (p["used"] * p["used"]).sum() + (p["flat"] * p["flat"]).sum(), params
+        lambda p: (p["used"] * p["used"]).sum() + (p["flat"] * p["flat"]).sum() + p["linear"].sum(), params
     )
-    if not math.isclose(float(value), 5.0):
-        return f"the value is {float(value)}, not 5"
-    if grads["unused"] is not None or grads["used"] is None or grads["flat"] is None:
+    if not math.isclose(float(value), 7.0):
+        return f"the value is {float(value)}, not 7"
+    if grads["unused"] is not None or any(grads[name] is None for name in ("used", "flat", "linear")):
         return "a parameter without a path has a gradient, or the other way round"
     if not np.array_equal(twin.bridge.to_numpy(grads["used"]), [2.0, 4.0]):
         return "the gradient is wrong"
     verdicts = {k: h.verdict for k, h in twin.bridge.gradient_health(grads, params).items()}
-    if verdicts != {"used": "ok", "unused": "none", "flat": "zero"}:
+    if verdicts != {"used": "ok", "unused": "none", "flat": "zero", "linear": "ok"}:
         return f"verdicts are {verdicts}"
     ill = {"used": array([np.nan, 1.0]), "unused": array([1e-30]), "flat": array([1e30])}
     verdicts = {k: h.verdict for k, h in twin.bridge.gradient_health(ill, params).items()}
@@ -298,6 +298,8 @@ def loss_gradients(twin: Twin) -> str:
     absent = {name for name, grad in grads.items() if grad is None}
     if absent != {name for name in names if name.startswith("vae.")}:
         return f"no path to {sorted(absent)}"
+    if backend.unreached("operator", at["params"], names, batch, noise, at["carry"], config) != absent:
+        return "unreached parameters are not those without a gradient"
     batch, noise = syn.vae_batch(), syn.noise_of("vae", config)
     loss, _ = backend.gradients("vae", at["params"], names, batch, noise, {"lr": 0.0, "beta": 0.375}, {}, config)
     wanted = oracle_steps.loss_of("vae", at["params"], batch, noise, {}, config, 0.375)[0]

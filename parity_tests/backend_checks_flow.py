@@ -168,6 +168,8 @@ def flow_gradients(twin: Twin) -> str:
         absent = {name for name, grad in found.items() if grad is None}
         if absent != set(names) - set(trained):
             return f"{stage}: no path to {sorted(absent)}"
+        if backend.unreached(stage, at["params"], names, batch, noise, at["carry"], config) != absent:
+            return f"{stage}: unreached parameters are not those without a gradient"
         got = {name: grad for name, grad in found.items() if grad is not None}
         wrong = _differs(loss, expected) or _differs(got, wanted)
         if wrong:

@@ -196,23 +196,19 @@ def _evaluate_jax(side: Side, case: Case, quantities: tuple[str, ...]) -> Evalua
 
         result = (jax.jit(everything) if side.compiled else everything)(moving)
         result = jax.tree.map(np.asarray, result)
-        without = jax_without_path(jax.grad(scalar), moving) if "gradient" in result else set()
+        without = jax_without_path(jax.grad(scalar), moving, result["gradient"]) if "gradient" in result else set()
     gradient = {name: None if name in without else value for name, value in result.get("gradient", {}).items()}
     return Evaluation(result["value"], gradient, result.get("jvp", {}), result.get("hvp", {}))
 
 
-def jax_without_path(gradient: Any, moving: Leaves) -> set[str]:
+def jax_without_path(gradient: Any, moving: Leaves, values: Leaves) -> set[str]:
     """Leaves whose gradient is a constant zero in the program itself: the input has no path to the output."""
     import jax
 
     closed, shapes = jax.make_jaxpr(gradient, return_shape=True)(moving)
     reached = _reached(closed.jaxpr, [True] * len(closed.jaxpr.invars))
     names = sorted(shapes)  # a dict's leaves come out in sorted order
-    constant = [name for name, flag in zip(names, reached, strict=True) if not flag]
-    if not constant:
-        return set()
-    values = gradient(moving)
-    return {name for name in constant if not np.any(np.asarray(values[name]))}
+    return {name for name, flag in zip(names, reached, strict=True) if not flag and not np.any(values[name])}
 
 
 def _reached(jaxpr: Any, inputs: list[bool]) -> list[bool]:

@@ -23,8 +23,18 @@ def _x64_put_back():
     jax.config.update("jax_enable_x64", before)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("twin", ["pf_jax", "pf_torch"])
+# Checks of the JAX twin that compile for ten seconds and more.
+LONG = ("three_steps", "the_guard", "flow_steps", "flow_guard", "flow_movement", "flow_diagnosis")
+
+
+@pytest.mark.parametrize(
+    ("twin", "check"),
+    [
+        pytest.param(twin, check, marks=pytest.mark.slow if twin == "pf_jax" and check in LONG else ())
+        for twin in ("pf_jax", "pf_torch")
+        for check in CHECKS
+    ],
+)
 def test_backend(twin: str, check: str) -> None:
     assert CHECKS[check](Namespace(twin)) == ""
 
@@ -34,7 +44,7 @@ def test_backend(twin: str, check: str) -> None:
     [
         "vae_loss/library, gene, log1p",
         "operator_loss/penalty active",
-        "joint_loss/library",
+        pytest.param("joint_loss/library", marks=pytest.mark.slow),
         "cvae_loss/entropy, training",
         "discriminator_loss/dropout",
         "flow_loss/network",

@@ -106,6 +106,19 @@ class Backend(Protocol):
         """Loss and the gradient per parameter; None where no path leads to the parameter."""
         ...
 
+    def unreached(
+        self,
+        stage: str,
+        params: Mapping[str, np.ndarray],
+        trainable: tuple[str, ...],
+        batch: Arrays,
+        noise: Arrays,
+        carry: Arrays,
+        config: Config,
+    ) -> set[str]:
+        """Trained parameters from which no path leads to the loss, a matter of structure."""
+        ...
+
     def diagnose(
         self,
         stage: str,

@@ -43,6 +43,7 @@ MODEL = "flow"
 PREVIOUS, NEXT = "previous point", "next point"
 MIXTURE = "mixture of neighbours"
 INTERPOLATION = "OT interpolation"
+PACED = "mixture at the cells' pace"  # the flow's own, with cells that stay where they are
 HALVES = "real cells, half against half"
 
 
@@ -182,9 +183,9 @@ def answers(
 ) -> list[tuple[str, Kind, Csr | Declined]]:
     """What every method says of an unseen time point: log-normalised cells (n, n_genes), or why there are none."""
 
-    def moved(sides: Sides) -> Csr | Declined:
+    def moved(sides: Sides, reach: float | None = None) -> Csr | Declined:
         try:
-            cells = model.interpolate(dataset, hole, sides=sides, output=output, seed=seed, name=name)
+            cells = model.interpolate(dataset, hole, sides=sides, output=output, seed=seed, name=name, reach=reach)
         except PredictionError as error:
             return Declined(str(error))
         return cells if isinstance(cells, Declined) else metrics.normalise(cells.counts)
@@ -210,6 +211,7 @@ def answers(
         (NEXT, "baseline", plain(hole.after, NEXT)),
         (INTERPOLATION, "baseline", coupled),
         (MIXTURE, "baseline", mixture),
+        (PACED, "reference", moved("both", reach=0.0)),
         ("flow from the previous point alone", "reference", moved("previous")),
         ("flow from the next point alone", "reference", moved("next")),
     ]

@@ -222,7 +222,8 @@ def train_stage(
 
     per_call = steps_per_call(source, settings)
     names = sorted(trainable)
-    unreached = _unreached(backend, stage, source, config, trainable, params, carry)
+    one = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
+    unreached = backend.unreached(stage, params, trainable, *one, carry, config)
     while not position.done and position.step < settings.max_steps:
         stop = next_stop(settings, position.step, per_call)
         batches, noises, hypers = _chunk(source, config, stage, position, stop)
@@ -311,23 +312,6 @@ def _shown(record: dict[str, Any]) -> dict[str, float]:
     if record.get("validation"):
         values["validation"] = record["validation"]["loss"]
     return values
-
-
-def _unreached(
-    backend: Backend,
-    stage: str,
-    source: Source,
-    config: Config,
-    trainable: tuple[str, ...],
-    params: Mapping[str, np.ndarray],
-    carry: Arrays,
-) -> set[str]:
-    """Parameters from which no path leads to the loss: a matter of structure, looked up once per stage."""
-    batch, noise = source.batch(0, 0)
-    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in (batch, noise))
-    hyper = {"lr": 0.0, "beta": config.vae.beta}
-    _, grads = backend.gradients(stage, params, trainable, batch, noise, hyper, carry, config)
-    return {name for name, grad in grads.items() if grad is None}
 
 
 def _health(norms: np.ndarray, params: Mapping[str, np.ndarray], unreached: set[str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
+from jax.stages import Traced
 
 from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, health_of
@@ -117,18 +118,26 @@ def value_and_grad(
     Returns:
         value (), and {name: gradient or None}.
     """
-    params = dict(params)
-    value, grads = jax.value_and_grad(function)(params, *args)
-    names = sorted(params)
+    traced = jax.jit(jax.value_and_grad(function)).trace(dict(params), *args)
+    value, grads = traced.lower().compile()(dict(params), *args)
+    blind = _without_path(traced, dict(params), *args)
+    return value, {name: None if name in blind else grads[name] for name in params}
 
-    def gradients(params, args):
-        grads = jax.grad(function)(params, *args)
-        return [grads[name] for name in names]
 
-    # A gradient without a path is a constant zero: its part of the program reads no input, and it is zero.
-    program = jax.make_jaxpr(gradients)(params, args).jaxpr
-    reads = dict(zip(names, _reads_input(program, [True] * len(program.invars)), strict=True))
-    return value, {name: grads[name] if reads[name] or bool((grads[name] != 0).any()) else None for name in params}
+def _without_path(traced: Traced, params: dict[str, jax.Array], *args: Any) -> set[str]:
+    """Parameters from which no path leads to the value, of a traced function (params, *args) -> (value, gradients).
+
+    Their gradients are constant zeros: their part of the program reads no input, and is zero.
+    """
+    program = traced.jaxpr.jaxpr
+    reads = _reads_input(program, [True] * len(program.invars))[1:]
+    constant = {name: k for k, (name, read) in enumerate(zip(sorted(params), reads, strict=True)) if not read}
+    if not constant:
+        return set()
+    part = program.replace(outvars=[program.outvars[1 + k] for k in constant.values()])
+    inputs = jax.tree.leaves((params, *args))
+    values = jax.jit(jaxpr_as_fun(ClosedJaxpr(part, traced.jaxpr.consts)))(*inputs)
+    return {name for name, value in zip(constant, values, strict=True) if not (value != 0).any()}
 
 
 def _reads_input(program: Jaxpr, inputs: list[bool]) -> list[bool]:
@@ -731,8 +740,39 @@ class Backend:
             ValueError: an unknown stage, or an index beyond its table.
         """
         state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
-        value, grads = value_and_grad(jax.jit(loss), state.params)
+        value, grads = value_and_grad(loss, state.params)
         return float(value), {name: None if grad is None else to_numpy(grad) for name, grad in grads.items()}
+
+    def unreached(
+        self,
+        stage: Stage,
+        params: Mapping[str, np.ndarray],
+        trainable: Any,
+        batch: Numpy,
+        noise: Numpy,
+        carry: Numpy | None,
+        config: Config,
+    ) -> set[str]:
+        """Trained parameters from which no path leads to the loss, a matter of structure.
+
+        Args:
+            stage: a name of `pf_core.backends.STAGES`.
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            carry: vectors of the power iteration, or running statistics; {} for none.
+            config: the run's configuration.
+
+        Returns:
+            Their names: those whose gradient `gradients` gives as None.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
+        hyper = {"beta": config.vae.beta}
+        state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
+        return _without_path(jax.jit(jax.value_and_grad(loss)).trace(state.params), state.params)
 
     def diagnose(
         self,
@@ -773,7 +813,7 @@ class Backend:
         for name, value in found.items():
             if not bool(jnp.isfinite(jnp.asarray(value)).all()):
                 return name
-        grads = jax.grad(loss)(state.params)
+        grads = jax.jit(jax.grad(loss))(state.params)
         bad = (name for name in sorted(grads) if not bool(jnp.isfinite(grads[name]).all()))
         return next((f"gradient of {name}" for name in bad), "")
 

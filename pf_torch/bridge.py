@@ -681,6 +681,37 @@ class Backend:
         (_, loss), grads = value_and_grad(losses, trained)
         return float(loss), to_numpy(grads)
 
+    def unreached(
+        self,
+        stage: str,
+        params: Arrays,
+        trainable: Collection[str],
+        batch: Arrays,
+        noise: Arrays,
+        carry: Arrays,
+        config: Config,
+    ) -> set[str]:
+        """Trained parameters from which no path leads to the loss, a matter of structure.
+
+        Args:
+            stage: a name of `pf_core.backends.STAGES`.
+            params: all canonical parameters.
+            trainable: names of those that are trained.
+            batch: without an axis of micro-batches.
+            noise: the same.
+            carry: vectors of the power iteration, or running statistics; {} for none.
+            config: the run's configuration.
+
+        Returns:
+            Their names: those whose gradient `gradients` gives as None.
+
+        Raises:
+            ValueError: an unknown stage, or an index beyond its table.
+        """
+        hyper = {"beta": config.vae.beta}
+        _, grads = self.gradients(stage, params, trainable, batch, noise, hyper, carry, config)
+        return {name for name, grad in grads.items() if grad is None}
+
     def diagnose(
         self,
         stage: str,

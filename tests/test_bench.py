@@ -305,6 +305,7 @@ def cells(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "suite",
     [name if name == "spectral" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES],

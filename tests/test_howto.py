@@ -40,6 +40,7 @@ def test_the_small_settings_file_is_read():
     assert Config.from_toml(ROOT / "examples/small.toml").stage_vae.max_steps < Config().stage_vae.max_steps
 
 
+@pytest.mark.slow
 def test_the_messages_of_the_data_page_are_those_of_the_program(tmp_path):
     run("pf simulate cells.h5ad --genes 20", tmp_path)
     (tmp_path / "run").mkdir()

@@ -178,18 +178,18 @@ def test_gradients_and_evaluate_agree_on_the_loss_and_unused_parameters_have_no_
 
 def test_diagnose_names_the_first_thing_that_is_not_finite():
     config, backend, params, _ = backend_and_state("joint")
-    batch, noise = (pick(tree, 0, 0) for tree in batches("joint"))
 
-    def first(params, batch=batch):
-        return backend.diagnose("joint", params, tuple(params), batch, noise, HYPER, carry(config), config)
+    def first(stage, params):
+        batch, noise = (pick(tree, 0, 0) for tree in batches(stage))
+        return backend.diagnose(stage, params, tuple(params), batch, noise, HYPER, carry(config), config)
 
-    assert first(params) == ""
+    assert first("vae", params) == ""
     bad = {name: value.copy() for name, value in params.items()}
     bad["operators.A0"][:] = np.inf
-    assert first(bad) == "operators.A"
+    assert first("operator", bad) == "operators.A"
     bad = {name: value.copy() for name, value in params.items()}
     bad["vae.decoder.log_r"][0] = np.nan
-    assert first(bad) == "vae.r"
+    assert first("vae", bad) == "vae.r"
 
 
 # --- using a model ---

@@ -99,6 +99,7 @@ def test_tiled_gradient_is_the_closed_form(estimator, tile, d):
     np.testing.assert_allclose(gy, gradient_by_formula(y, x, wy, wx, estimator), rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"estimator": "u"}, {"smoothing": 0.05}, {"power": 2, "estimator": "u"}])
 def test_energy_distance_second_derivatives_agree_with_differences_of_the_gradient(options):
     x, y, wx, wy = (jnp.asarray(a) for a in cells(4))

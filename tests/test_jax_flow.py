@@ -343,6 +343,7 @@ def test_gatv2_is_a_plain_loop_over_genes_and_edges():
     assert not np.any(found[G - 1])  # no edge goes there
 
 
+@pytest.mark.slow
 def test_gatv2_has_derivatives_of_both_modes_and_second_order():
     left, right, attention, source, target, edge = gat_inputs(h=2)
     function = lambda *given: (gatv2(*given[:3], source, target, given[3]) ** 2).sum()
@@ -429,9 +430,8 @@ def test_the_vector_field_refuses_what_does_not_fit_also_when_compiled():
     with_graph, without = (VectorField(select(parameters(run_config(), graph=g), "flow")) for g in (True, False))
     with pytest.raises(ValueError, match="the model has a network"):
         with_graph.nodes({})
-    with pytest.raises(ValueError, match="made without a network"):
-        without.nodes(network())
     nodes = without.nodes({})
+    np.testing.assert_array_equal(without.nodes(network()), nodes)
     for wrap in (lambda function: function, jax.jit):
         for shapes in (
             ((C,), (C, D + 1), (C, P)),
@@ -551,6 +551,7 @@ def test_trajectories_are_differentiated_in_z_and_in_what_the_velocity_captures(
         assert float(by_matrix[i, j]) == pytest.approx((value(MATRIX + step) - value(MATRIX - step)) / 2e-5, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rk4_has_derivatives_of_both_modes_and_second_order():
     _, field, nodes, z, condition = field_and_cells(graph=False)
     times = jnp.asarray([0.0, 0.7])
@@ -622,13 +623,13 @@ def numpy_plan(x, y, epsilon, unbalanced):
 
 
 @needs_ott
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-7), ("float32", 1e-3)])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize(("epsilon", "unbalanced"), [(0.1, 0.0), (0.1, 1.0), (0.5, 0.1)])
-def test_the_entropic_plan_is_the_scaling_of_its_kernel(epsilon, unbalanced, dtype, tolerance):
-    x, y = rng(1).normal(size=(13, D)), rng(2).normal(size=(17, D)) + 0.4
-    plan = entropic_plan(jnp.asarray(x, dtype), jnp.asarray(y, dtype), epsilon=epsilon, unbalanced=unbalanced)
-    assert plan.dtype == dtype
-    wanted = numpy_plan(x, y, epsilon, unbalanced)
+def test_the_entropic_plan_is_the_scaling_of_its_kernel_in_float64_whatever_the_cells_are(epsilon, unbalanced, dtype):
+    x, y = ((rng(k).normal(size=(n, D)) + 0.4 * (k > 1)).astype(dtype) for k, n in ((1, 13), (2, 17)))
+    plan = entropic_plan(x, y, epsilon=epsilon, unbalanced=unbalanced)
+    assert plan.dtype == "float64"
+    wanted, tolerance = numpy_plan(x.astype("float64"), y.astype("float64"), epsilon, unbalanced), 1e-7
     np.testing.assert_allclose(plan, wanted, rtol=tolerance, atol=tolerance * wanted.max())
     if not unbalanced:
         np.testing.assert_allclose(plan.sum(0), 1 / 17, rtol=10 * tolerance)

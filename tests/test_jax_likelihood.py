@@ -316,6 +316,7 @@ def summed(request):
     )
 
 
+@pytest.mark.slow
 def test_the_count_table_keeps_the_demanded_accuracy_over_the_whole_domain(summed):
     dtype, (x, mu, r), (value, by_r, by_mu), wanted = summed
     unit = {"float32": 1.0, "float64": 2.0**-29}[dtype]
@@ -349,6 +350,7 @@ def test_the_count_table_is_the_weighted_sum_whatever_the_counts(dtype):
     assert (np.abs(by_r - (weight[:, None] * slope).sum(0)) * r / size).max() < scale
 
 
+@pytest.mark.slow
 def test_the_count_table_has_second_derivatives():
     rng = np.random.default_rng(6)
     x, mu, r = rng.poisson(20.0, (7, 5)), rng.gamma(2, 10, (7, 5)), rng.gamma(1, 2, 5) + 0.1

@@ -277,6 +277,7 @@ def model(labelled, tmp_path_factory):
     return Model.train(labelled, out=out, backend="torch", config=config)
 
 
+@pytest.mark.slow
 def test_loy_cells_of_a_donor_that_was_held_out_are_moved_near_real_xy_cells(model, labelled):
     found = virtual_correction(model, labelled[labelled.obs["donor"] == "donor4"], labelled)
     assert found.mean("after_counts") < 0.35 * found.mean("before_counts")

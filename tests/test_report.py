@@ -511,6 +511,7 @@ test_report.write_report({out!r}, test_report.payload())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         code = MAKE.format(tests=str(ROOT / "tests"), out=str(tmp_path / f"{name}.html"))

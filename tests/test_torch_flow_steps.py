@@ -442,6 +442,7 @@ def test_run_steps_is_the_loop_over_steps():
     assert torch.equal(collected["loss"][-1], metrics["loss"])
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_same_steps():
     params, batch, noise, carry = cvae_case()
     data = [micro(micro(tree)) for tree in (batch, noise)]

@@ -80,7 +80,7 @@ def poison(monkeypatch, is_bad) -> None:
     monkeypatch.setattr(CellSource, "batch", batch)
 
 
-@pytest.mark.parametrize("backend", TWINS)
+@pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_two_runs_of_one_seed_give_identical_files(cells, tmp_path, backend):
     for name in ("first", "second"):
         fit.fit(cells, out=tmp_path / name, backend=backend, config=small_config())
@@ -108,6 +108,7 @@ def test_an_interrupted_run_ends_with_the_files_of_an_undisturbed_one(cells, tmp
     assert files_of(tmp_path / "broken") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [("jax", "torch"), ("torch", "jax")])
 def test_a_run_begun_in_one_twin_is_continued_and_used_by_the_other(cells, tmp_path, monkeypatch, first, second):
     config = dataclasses.replace(small_config(), dtype="float64")
