@@ -222,8 +222,8 @@ def train_stage(
 
     per_call = steps_per_call(source, settings)
     names = sorted(trainable)
-    one = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
-    unreached = backend.unreached(stage, params, trainable, *one, carry, config)
+    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
+    unreached = backend.unreached(stage, params, trainable, batch, noise, carry, config)
     while not position.done and position.step < settings.max_steps:
         stop = next_stop(settings, position.step, per_call)
         batches, noises, hypers = _chunk(source, config, stage, position, stop)
