@@ -16,11 +16,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from pf_core import data, metrics, times
 from pf_core.config import Config, DataConfig, from_dict, to_dict
-from pf_core.flow_judgement import HALVES, INTERPOLATION, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
+from pf_core.flow_judgement import HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
 from pf_core.leave_one_time_out import leave_one_time_out
 from pf_core.task_report import Result
+from pf_core.time_baselines import closeness, mixed
 from pf_core.verdict import DECIDING_METRIC
+
+DRAWS = 5
 
 SIDES = ("flow from the previous point alone", "flow from the next point alone")
 COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, PACED, MODEL, HALVES)
@@ -103,6 +107,28 @@ def chosen(result: Result) -> list[str]:
     return [f"\nPace and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
 
 
+def limits(course: CourseFile, folder: Path) -> list[str]:
+    """What is wrong with the plain mixture: its mean, or what lies around the mean. Means over DRAWS draws."""
+    config = Config(system="flow", data=course.data)
+    dataset = data.load(folder / course.file, config.data, contrasts=False)
+    found = times.read(dataset, config)
+    ruler = metrics.real_pca(dataset.rows(np.arange(dataset.n_cells)))
+    places = ruler.project(metrics.normalise(dataset.rows(np.arange(dataset.n_cells))))
+    lines = []
+    for point in range(1, len(found.points) - 1):
+        before, here, after = (np.flatnonzero(found.index == point + k) for k in (-1, 0, 1))
+        share = closeness(*(float(time) for time in found.points[point - 1 : point + 2]))
+        values = []
+        for draw in range(DRAWS):
+            chosen = mixed(before, after, share, seed=draw, name="limits", most=MAX_CELLS)
+            mixture, real = places[np.concatenate(chosen)], places[here]
+            moved = mixture - mixture.mean(0) + real.mean(0)
+            values.append([metrics.energy_distance(cells, real) for cells in (mixture, moved)])
+        plain, right = np.mean(values, axis=0)
+        lines.append(f"| {course.name} | {found.names[point]} | {plain:.2f} | {right:.2f} |")
+    return lines
+
+
 def settings(course: CourseFile, sets: Sequence[str]) -> Config:
     table = to_dict(Config(system="flow", data=course.data))
     for item in sets:
@@ -166,6 +192,17 @@ def main() -> None:
         "",
         *verdict(results),
     ]
+    lines += [
+        "",
+        "## What limits the mixture",
+        "",
+        "Energy distance of the plain mixture of neighbours, and of the same cells shifted so that their mean is that"
+        " of the real cells (principal components, mean of 5 draws). What is left then is what lies around the mean.",
+        "",
+        "| | left out | mixture | at the true mean |",
+        "|---|---|---|---|",
+    ]
+    lines += [line for course in COURSES if course.name in results for line in limits(course, arguments.data)]
     arguments.out.write_text("\n".join(lines) + "\n")
 
 

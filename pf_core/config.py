@@ -162,7 +162,7 @@ class FlowConfig:
     unbalanced: float = 0.0  # strength of the marginals in units of the mean cost; 0 holds them exactly
     bins: int = 0  # groups of about equally many cells that times are put into; 0 takes every distinct time
     pace: Literal["even", "path"] = "path"  # of time between measured points: even, or as cells change
-    reach: float = 0.5  # share of the way that cells are moved between measured times; see docs/experiments.md
+    reach: float = 0.25  # share of the way that cells are moved between measured times; see docs/experiments.md
 
     def __post_init__(self) -> None:
         _bounds("flow", self, 1, "n_embedding", "n_heads", "n_time", "n_condition", "n_hidden")
