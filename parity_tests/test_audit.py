@@ -15,7 +15,8 @@ from parity_tests.sides import Side
 from parity_tests.trajectories import backend_of
 
 
-@pytest.fixture(scope="module", params=["jax", "torch"])
+# JAX compiles for minutes here. In the fast tier PyTorch is audited; that the gradients are the same is in test_cases.
+@pytest.fixture(scope="module", params=[pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def backend(request: pytest.FixtureRequest) -> Any:
     return backend_of(request.param, "float64")
 

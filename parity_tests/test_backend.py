@@ -43,7 +43,7 @@ def test_backend(twin: str, check: str) -> None:
     "name",
     [
         "vae_loss/library, gene, log1p",
-        "operator_loss/penalty active",
+        pytest.param("operator_loss/penalty active", marks=pytest.mark.slow),
         pytest.param("joint_loss/library", marks=pytest.mark.slow),
         "cvae_loss/entropy, training",
         "discriminator_loss/dropout",

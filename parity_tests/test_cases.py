@@ -1,7 +1,8 @@
 """Every case on the CPU: rules 1 to 5 and 7.
 
-JAX compiles a program per case, precision and derivative. The fast tier has all of it for the first case of every
-function, and values and gradients in float64 for the others; what is left is in the slow tier, and in `pf parity`.
+JAX compiles a program per case, precision and derivative. The fast tier has values and gradients: of every case in
+float64, and of the first case of every function in float32. All quantities of all cases in both precisions are the slow
+tier, and `pf parity`.
 """
 
 from __future__ import annotations
@@ -18,23 +19,15 @@ from parity_tests.sides import Side
 SECOND = ("jvp", "hvp")
 
 
-def first_of_every_function() -> set[str]:
-    first: dict[str, str] = {}
-    for case in all_cases():
-        first.setdefault(case.function, case.name)
-    return set(first.values())
-
-
 def pairs() -> list[Any]:
     """(case, dtype, quantities to skip), the slow ones marked."""
-    first, found = first_of_every_function(), []
+    functions, found = set(), []
     for case in all_cases():
         for dtype in case.dtypes:
-            fast = case.name in first
-            if not fast and dtype == "float64":
+            if dtype == "float64" or case.function not in functions:
                 found.append(pytest.param(case, dtype, SECOND, id=f"{case.name}-{dtype}-first derivatives"))
-            marks = () if fast else pytest.mark.slow
-            found.append(pytest.param(case, dtype, (), id=f"{case.name}-{dtype}", marks=marks))
+            found.append(pytest.param(case, dtype, (), id=f"{case.name}-{dtype}", marks=pytest.mark.slow))
+        functions.add(case.function)
     return found
 
 
@@ -44,11 +37,3 @@ def test_twins_agree_with_each_other_and_with_the_oracle(case: Case, dtype: str,
     report = Report(run_case(case, sides, skip=skip))
     if not report.passed:
         pytest.fail(f"{report}\nfirst divergence: {first_divergence(case, sides)}", pytrace=False)
-
-
-def test_the_fast_tier_has_every_function_and_every_case() -> None:
-    fast = [parameters.values for parameters in pairs() if not parameters.marks]
-    assert {case.name for case, _, _ in fast} == {case.name for case in all_cases() if "float64" in case.dtypes} | (
-        first_of_every_function()
-    )
-    assert {case.function for case, _, skip in fast if not skip} == {case.function for case in all_cases()}

@@ -247,7 +247,7 @@ def empty_cells(adata):
         (one_time_per_condition, {"holdout": ()}, "no condition has training cells at two time points: 'at0'"),
         (empty_cells, {}, "3 of 410 cells have no counts; leave them out with min_counts=1"),
         (None, {"holdout": ("time=12", "time=24")}, "one time point is left for training, 0 hour; hold out less"),
-        (None, {"holdout": ("time=13",)}, r"holdout names time=13; did you mean '12'\?"),
+        (None, {"holdout": ("time=13",)}, "holdout names time=13; there is 0, 12, 24"),
         (None, {"time": "day"}, "obs has no column 'day'"),
         (None, {"covariates": ("age",)}, "the flow system reads no covariates"),
         (None, {"perturbation": "drug"}, "obs has no column 'drug'"),

@@ -12,6 +12,9 @@ from scipy.spatial.distance import cdist
 from pf_jax import distances
 from pf_jax.distances import sliced_energy_distance
 
+# JAX compiles for minutes here; in the fast tier the parity suite holds the same functions to the oracle.
+pytestmark = pytest.mark.slow
+
 # Compiled once for all tests of one shape; the checks of arguments run while tracing.
 _OPTIONS = ("estimator", "power", "smoothing", "method", "tile")
 energy_distance = jax.jit(distances.energy_distance, static_argnames=_OPTIONS)
@@ -99,7 +102,6 @@ def test_tiled_gradient_is_the_closed_form(estimator, tile, d):
     np.testing.assert_allclose(gy, gradient_by_formula(y, x, wy, wx, estimator), rtol=1e-11, atol=1e-14)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"estimator": "u"}, {"smoothing": 0.05}, {"power": 2, "estimator": "u"}])
 def test_energy_distance_second_derivatives_agree_with_differences_of_the_gradient(options):
     x, y, wx, wy = (jnp.asarray(a) for a in cells(4))

@@ -37,6 +37,9 @@ from pf_jax import (
 )
 from pf_jax.coupling import entropic_plan
 
+# JAX compiles for minutes here; in the fast tier the parity suite holds the same functions to the oracle.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _double():
@@ -343,7 +346,6 @@ def test_gatv2_is_a_plain_loop_over_genes_and_edges():
     assert not np.any(found[G - 1])  # no edge goes there
 
 
-@pytest.mark.slow
 def test_gatv2_has_derivatives_of_both_modes_and_second_order():
     left, right, attention, source, target, edge = gat_inputs(h=2)
     function = lambda *given: (gatv2(*given[:3], source, target, given[3]) ** 2).sum()
@@ -551,7 +553,6 @@ def test_trajectories_are_differentiated_in_z_and_in_what_the_velocity_captures(
         assert float(by_matrix[i, j]) == pytest.approx((value(MATRIX + step) - value(MATRIX - step)) / 2e-5, rel=1e-6)
 
 
-@pytest.mark.slow
 def test_rk4_has_derivatives_of_both_modes_and_second_order():
     _, field, nodes, z, condition = field_and_cells(graph=False)
     times = jnp.asarray([0.0, 0.7])

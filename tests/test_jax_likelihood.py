@@ -17,6 +17,9 @@ from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN, TABLE_ROWS
 from pf_core.count_table import count_table
 from pf_jax import likelihood
 
+# JAX compiles for minutes here; in the fast tier the parity suite holds the same functions to the oracle.
+pytestmark = pytest.mark.slow
+
 mpmath.mp.dps = 40
 
 
@@ -316,7 +319,6 @@ def summed(request):
     )
 
 
-@pytest.mark.slow
 def test_the_count_table_keeps_the_demanded_accuracy_over_the_whole_domain(summed):
     dtype, (x, mu, r), (value, by_r, by_mu), wanted = summed
     unit = {"float32": 1.0, "float64": 2.0**-29}[dtype]
@@ -350,7 +352,6 @@ def test_the_count_table_is_the_weighted_sum_whatever_the_counts(dtype):
     assert (np.abs(by_r - (weight[:, None] * slope).sum(0)) * r / size).max() < scale
 
 
-@pytest.mark.slow
 def test_the_count_table_has_second_derivatives():
     rng = np.random.default_rng(6)
     x, mu, r = rng.poisson(20.0, (7, 5)), rng.gamma(2, 10, (7, 5)), rng.gamma(1, 2, 5) + 0.1

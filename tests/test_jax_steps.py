@@ -16,8 +16,8 @@ from scipy.spatial.distance import cdist
 from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, EPS_NORMALISE, EPS_SIGMA, MU_FLOOR, NORMALISED_TOTAL
 from pf_jax import steps
 
-# Each stage compiles for ten seconds and more; the parity suite has the steps of all of them.
-SLOW_BUT_VAE = [stage if stage == "vae" else pytest.param(stage, marks=pytest.mark.slow) for stage in STAGES]
+# JAX compiles for minutes here; in the fast tier the parity suite holds the same functions to the oracle.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -258,7 +258,7 @@ def test_joint_loss_is_the_written_formula():
     assert_parts(parts, wanted_parts | {"gene_energy": gene_energy} | elbo_parts)
 
 
-@pytest.mark.parametrize("stage", SLOW_BUT_VAE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_loss_gradient_agrees_with_central_differences_in_every_parameter(stage):
     config = run_config(power_iterations=3000)  # at convergence the frozen vector has the norm's own gradient
     state = start(stage, config)
@@ -274,7 +274,6 @@ def test_loss_gradient_agrees_with_central_differences_in_every_parameter(stage)
         assert np.abs(grads[name]).max() > 1e-9, name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_hessian_vector_product_of_the_loss_agrees_with_differences_of_the_gradient(stage):
     # Without the penalty: its vector is frozen, and a difference that moves A would move it (see the spectral tests).
@@ -311,7 +310,7 @@ def test_parts_and_carry_leak_no_gradient(stage):
 # --- steps ---
 
 
-@pytest.mark.parametrize("stage", SLOW_BUT_VAE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_step_is_the_mean_gradient_clipped_and_given_to_adam(stage):
     config = run_config()
     state = start(stage, config)
@@ -345,7 +344,7 @@ def test_a_step_is_the_mean_gradient_clipped_and_given_to_adam(stage):
     assert_trees_equal(new.frozen, state.frozen)
 
 
-@pytest.mark.parametrize("stage", SLOW_BUT_VAE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_many_steps_in_one_call_equal_single_steps(stage):
     config = run_config()
     state = start(stage, config)
@@ -397,7 +396,6 @@ def test_steps_are_traced_once_per_shape():
     assert steps._many_steps._cache_size() == before + 1
 
 
-@pytest.mark.slow
 def test_everything_stays_float32_in_a_float32_run_even_where_64_bit_numbers_are_on():
     config = run_config()
     state = start("joint", config, "float32")
@@ -407,7 +405,6 @@ def test_everything_stays_float32_in_a_float32_run_even_where_64_bit_numbers_are
         assert leaf.dtype == jnp.float32
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_steps_work_without_64_bit_numbers_and_agree_with_float64(stage):
     config = run_config()
