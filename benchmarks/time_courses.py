@@ -66,6 +66,12 @@ def error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+def shown(mean: float, spread: float, sign: str = "") -> str:
+    """A mean with its standard error, where there is one."""
+    text = f"{mean:{sign}.3f}"
+    return text if np.isnan(spread) else f"{text} ± {spread:.3f}"
+
+
 def table(result: Result) -> list[str]:
     """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
     values = {method: by_point(result, method) for method in COLUMNS}
@@ -77,7 +83,7 @@ def table(result: Result) -> list[str]:
         cells = [f"**{m:.2f}**" if method in rivals and m == least else f"{m:.2f}" for method, m in means.items()]
         lines.append(f"| {fold['name']} | {' | '.join(cells)} |")
     whole = {method: values[method].mean(0) for method in COLUMNS}
-    cells = [f"{mean.mean():.3f} ± {error(mean):.3f}" for mean in whole.values()]
+    cells = [shown(mean.mean(), error(mean)) for mean in whole.values()]
     return [*lines, f"| mean | {' | '.join(cells)} |"]
 
 
@@ -93,8 +99,17 @@ def verdict(results: dict[str, Result]) -> list[str]:
     for name, result in results.items():
         found = [against(result, method) for method in (INTERPOLATION, MIXTURE)]
         below += all(difference < 0 for difference, _ in found)
-        lines.append(f"| {name} | " + " | ".join(f"{d:+.3f} ± {e:.3f}" for d, e in found) + " |")
+        lines.append(f"| {name} | " + " | ".join(shown(d, e, "+") for d, e in found) + " |")
     return [*lines, "", f"Below both in {below} of {len(results)} data sets."]
+
+
+def leaks(result: Result) -> list[str]:
+    """What the leak audit found, where it found something."""
+    found = {
+        fold["name"]: audit["shared_contents"] for fold in result.folds for audit in fold["audit"] if not audit["clean"]
+    }
+    each = "; ".join(f"{name}: {number}" for name, number in found.items())
+    return [f"\nHeld-out cells with exactly the counts of a training cell, left in: {each}."] if found else []
 
 
 def chosen(result: Result) -> list[str]:
@@ -172,6 +187,7 @@ def main() -> None:
         f"--seeds {arguments.seeds}",
         f"--backend {arguments.backend}",
         *(["--inner"] if arguments.inner else []),
+        *(["--only " + " ".join(arguments.only)] if arguments.only else []),
     ]
     options += [f"--set {' '.join(arguments.set)}"] if arguments.set else []
     lines = [
@@ -181,11 +197,11 @@ def main() -> None:
         f" {platform.python_version()}. Energy distance, U-statistic, 20 principal components of all real cells, log1p"
         " of counts per 10,000; less is better, bold is the least of a row. The flow and every simple answer start from"
         " the cells of the two neighbouring time points; [flow.md](flow.md) says what each column is. Means over seeds;"
-        " the last row is the mean over time points ± standard error over seeds. What was tried, and what limits it:"
-        " [experiments.md](experiments.md).",
+        " the last row is the mean over time points ± standard error over seeds, where there are several."
+        " What was tried, and what limits it: [experiments.md](experiments.md).",
     ]
     for name, result in results.items():
-        lines += ["", f"## {name}", "", *table(result), *chosen(result)]
+        lines += ["", f"## {name}", "", *table(result), *chosen(result), *leaks(result)]
     lines += [
         "",
         "## The flow less the two rivals, mean over time points ± standard error over seeds",
