@@ -19,7 +19,7 @@ from rich.console import Console
 from pf_core import data, metrics, times
 from pf_core.config import Config, DataConfig, from_dict, to_dict
 from pf_core.flow_judgement import HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
-from pf_core.leave_one_time_out import leave_one_time_out
+from pf_core.leave_one_time_out import CANDIDATES, candidate_scores, leave_one_time_out
 from pf_core.task_report import Result
 from pf_core.time_baselines import closeness, mixed
 from pf_core.verdict import DECIDING_METRIC
@@ -144,6 +144,15 @@ def limits(course: CourseFile, folder: Path) -> list[str]:
     return lines
 
 
+def candidates(result: Result, runs: Path, source: Path, backend: str) -> list[str]:
+    """Every pace and reach on the runs of the first seed; nothing is chosen by these numbers in the tables above."""
+    lines = []
+    for fold in result.folds:
+        values = candidate_scores(runs / fold["name"] / f"seed-{result.seeds[0]}", source, backend, "cpu")
+        lines.append(f"| {result.name} | {fold['name']} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+    return lines
+
+
 def settings(course: CourseFile, sets: Sequence[str]) -> Config:
     table = to_dict(Config(system="flow", data=course.data))
     for item in sets:
@@ -219,6 +228,20 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     lines += [line for course in COURSES if course.name in results for line in limits(course, arguments.data)]
+    names = [f"{one['flow.pace']}, {one['flow.reach']:g}" for one in CANDIDATES]
+    lines += [
+        "",
+        "## Pace and reach",
+        "",
+        "Energy distance of the flow at every pace and reach, first seed. Even, 0 is the plain mixture.",
+        "",
+        f"| | left out | {' | '.join(names)} |",
+        "|" + "---|" * (len(names) + 2),
+    ]
+    for course in COURSES:
+        if course.name in results:
+            at = arguments.runs / course.name, arguments.data / course.file, arguments.backend
+            lines += candidates(results[course.name], *at)
     arguments.out.write_text("\n".join(lines) + "\n")
 
 

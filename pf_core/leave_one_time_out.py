@@ -33,7 +33,7 @@ from pf_core.errors import ConfigError, DataError, RunError
 from pf_core.flow_model import FlowModel
 from pf_core.model import read_config
 from pf_core.task_report import Result, Score, write
-from pf_core.task_run import cells_of, scores_of
+from pf_core.task_run import cells_of, keep_plan, scores_of
 from pf_core.time_baselines import gap
 from pf_core.times import Course
 
@@ -102,7 +102,7 @@ def leave_one_time_out(
     out = Path(out)
     column = config.data.timepoint or config.data.time
     plan = {"name": name, "config": config.to_toml(), "inner": inner, "backend": backend, "data": dataset.fingerprint()}
-    _plan(out, plan | {"network": str(network) if network is not None else None})
+    keep_plan(out, plan | {"network": str(network) if network is not None else None})
     options: dict[str, Any] = {"network": network, "backend": backend, "device": device}
     scores: list[Score] = []
     folds: list[dict[str, Any]] = []
@@ -132,18 +132,6 @@ def _say(console: Console | None, text: str) -> None:
 
 def _file(point: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "-.+" else "_" for letter in point)
-
-
-def _plan(out: Path, plan: dict[str, Any]) -> None:
-    text, path = json.dumps(plan, indent=1) + "\n", out / "plan.json"
-    if path.exists():
-        if path.read_text() != text:
-            raise RunError(f"{out} holds other settings, other data or another backend; choose another --out")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not the output of such a call; nothing was written. Choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, text)
 
 
 def _with(config: Config, settings: dict[str, Any]) -> Config:

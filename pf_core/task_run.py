@@ -193,13 +193,24 @@ def _plan(out: Path, bench: Bench) -> None:
         "data": bench.dataset.fingerprint(),
         "features": hashlib.sha256(bench.features.read_bytes()).hexdigest() if bench.features else None,
     }
+    keep_plan(out, plan)
+
+
+def keep_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Write what is run into `out`, or see that it is what was run there before.
+
+    Raises:
+        RunError: `out` belongs to another plan, or to something else.
+    """
     text, path = json.dumps(plan, indent=1) + "\n", out / "plan.json"
     if path.exists():
         if path.read_text() != text:
-            raise RunError(f"{out} holds another task, other data or another backend; choose another --out")
+            raise RunError(f"{out} holds other settings, other data or another backend; choose another --out")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not the output of a task; nothing was written. Choose another --out")
+        raise RunError(
+            f"{out} exists and is not the output of the same call; nothing was written. Choose another --out"
+        )
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 

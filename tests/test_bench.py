@@ -306,10 +306,7 @@ def cells(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "suite",
-    [name if name == "spectral" else pytest.param(name, marks=pytest.mark.slow) for name in SUITES],
-)
+@pytest.mark.parametrize("suite", SUITES)
 def test_a_quick_run_writes_what_can_be_read_back(suite, cells, tmp_path):
     mallocs = ("tuned", "default") if suite == "ceilings" else ("default",)
     options = {"quick": True, "suites": (suite,), "mallocs": mallocs, "peers": False, "out": tmp_path / "out"}
