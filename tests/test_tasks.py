@@ -225,7 +225,7 @@ def test_a_killed_task_is_continued_to_the_files_of_an_undisturbed_one(folder, t
     monkeypatch.setattr(fit, "fit", lambda *_, **__: pytest.fail("trained again"))
     task_run.run(task, out=tmp_path / "whole/out", **options)
     other = tasks.load(written(folder, TYPES + "largest = 1", TRAIN))
-    with pytest.raises(RunError, match="another task"):
+    with pytest.raises(RunError, match="other settings, other data or another backend"):
         task_run.run(other, out=tmp_path / "whole/out", backend="torch")
 
 
