@@ -132,20 +132,3 @@ def test_a_library_that_is_missing_is_named_with_its_extra(twin: str) -> None:
         pytest.skip(f"{SOLVERS[twin]} is installed")
     with pytest.raises(ImportError, match=r"perturb-forecast\[flow\]"):
         backend_of(twin, "float64").entropic_plan(*cells(), epsilon=0.1, unbalanced=0.0)
-
-
-@pytest.mark.parametrize("times", [[0.0, 0.375, 1.0], [1.0, 0.25]], ids=["forth", "back"])
-def test_adaptive_trajectories_are_those_of_small_steps(times: list[float]) -> None:
-    """dopri5 has its own step control on each side: both within its tolerance of fine Runge-Kutta steps."""
-    if any(importlib.util.find_spec(name) is None for name in ("diffrax", "torchdiffeq")):
-        pytest.skip("diffrax or torchdiffeq is not installed: dopri5 needs the extra 'flow'")
-    from parity_tests import synthetic as syn
-
-    config = syn.configuration()
-    params = syn.parameters_of_flow(config)
-    z, condition = np.random.default_rng(7).normal(size=(3, 5)), syn.condition_codes(3)
-    rest = (params, z, np.array(times), condition, syn.network(), config)
-    fine = backend_of("torch", "float64").trajectory(*rest, n_steps=200)
-    for twin in SOLVERS:
-        path = backend_of(twin, "float64").trajectory(*rest, method="dopri5", rtol=1e-8, atol=1e-9)
-        np.testing.assert_allclose(path, fine, rtol=0, atol=1e-6)

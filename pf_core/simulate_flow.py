@@ -30,6 +30,7 @@ __all__ = ["draw", "log_profile_velocity", "network", "profile", "simulate_flow"
 
 DRUG = "drug"
 CONDITIONS = (CONTROL, DRUG)
+HOURS = (0.0, 12.0, 24.0)
 SPEED, RATE, RELAX, PUSH = 2.0, 6.0, 1.0, 1.5
 START, SPREAD = -0.3, 0.25  # of progress at the first time, and of all latents there
 STEPS = 200  # of Runge-Kutta over the whole course: its error is far below the counts' noise
@@ -44,7 +45,7 @@ def simulate_flow(
     n_cells: int = 150,
     n_tissues: int = 1,
     n_regulators: int = 12,
-    times: Sequence[float] = (0.0, 12.0, 24.0),
+    times: Sequence[float] = HOURS,
     library: float = 1000.0,
 ) -> Any:
     """Counts of a simulated time course under two conditions.
@@ -152,9 +153,9 @@ def network(truth: Truth) -> Any:
     return pd.DataFrame({name: list(truth["network"][name]) for name in ("source", "target", "sign")})
 
 
-def draw(truth: Truth, condition: str, time: float, tissue: int, n: int, seed: int) -> Csr:
-    """Fresh cells at any time of the course, measured or not: (n, n_genes) CSR counts."""
-    return _cells(truth, condition, time, tissue, n, seed, "draw")[0]
+def draw(truth: Truth, condition: str, time: float, tissue: int, n: int, seed: int) -> tuple[Csr, np.ndarray]:
+    """Fresh cells at any time of the course, measured or not: (n, n_genes) CSR counts, (n, n_latent) true latents."""
+    return _cells(truth, condition, time, tissue, n, seed, "draw")
 
 
 def _truth(
