@@ -182,9 +182,10 @@ def _judge(
         counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=r)
         values = metrics.score(real, counts, task.counts, ruler)
         values |= _latent_energies(model, counts, tissue, z_real)
-        if answer.change is not None and len(cells) > 1:
-            controls_profile = measure(task.counts, task.library)
-            values |= coverage(answer.change, measure(real, dataset.library()[cells]), controls_profile)
+        if answer.change is not None and model.calibration is not None and len(cells) > 1:
+            typical = model.calibration.typical
+            before = measure(task.counts, task.library, typical)
+            values |= coverage(answer.change, measure(real, dataset.library()[cells], typical), before)
         rows.append(MetricRow(condition, method, values, kind))
         if method == MODEL:
             planes["predicted"] = ruler.transform(counts)[:, :2]

@@ -5,7 +5,8 @@ For gene g in context c,
     change_cg = m_g + f_g(c) + error_cg,    m_g flat,    f_g ~ GP(0, s_g^2 exp(-D(c, c') / l)),    error ~ N(0, v_cg)
 
 with D the squared distance between the contexts' control profiles. Few genes respond, and those that do differ between
-contexts by much: s_g^2 has a discrete prior on SCALES whose probabilities are learned from all genes at once, by EM
+contexts by much, the more so the more they respond on average: genes are put into strata by the size of their mean
+change, and within a stratum s_g^2 has a discrete prior on SCALES whose probabilities are learned from its genes by EM
 (empirical Bayes; Laird 1978, doi:10.1080/01621459.1978.10480103). Predictions are averaged over it and over LENGTHS,
 each by its marginal likelihood, with m_g integrated out. Contexts of few cells have large errors and count for little.
 """
@@ -18,15 +19,18 @@ import numpy as np
 
 __all__ = ["Change", "corrected_squares", "krige"]
 
-SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log1p counts per 10,000
+SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
+STRATA = (1 / 80, 1 / 20, 1 / 5)  # shares of the genes with the largest mean change that end a stratum
+MIN_STRATUM = 20  # genes; fewer teach no prior
+SPREAD = 0.05  # variance between contexts when changes are averaged to sort genes: no context is the mean alone
 EM_STEPS = 60
 SMALLEST = 1e-6  # eigenvalue of a kernel: corrected distances need not be distances of any points
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of log1p of a mean profile, (n_genes,), and the variance of what is not known of it."""
+    """A change of the log of a mean profile, (n_genes,), and the variance of what is not known of it."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -54,6 +58,27 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
         )
     if not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError("errors holds values that are not positive and finite; pass sampling variances")
+    mean, variance = np.empty(changes.shape[1]), np.empty(changes.shape[1])
+    for genes in strata(changes, errors):
+        mean[genes], variance[genes] = _krige(changes[:, genes], errors[:, genes], squares)
+    return Change(mean, variance)
+
+
+def strata(changes: np.ndarray, errors: np.ndarray) -> list[np.ndarray]:
+    """Indices of genes, by decreasing size of the mean change; their priors are learned apart."""
+    weight = 1.0 / (errors + SPREAD)
+    order = np.argsort(-np.abs((weight * changes).sum(0) / weight.sum(0)), kind="stable")
+    cuts = [0]
+    for share in (*STRATA, 1.0):
+        end = round(share * len(order))
+        if end - cuts[-1] >= MIN_STRATUM and (len(order) - end >= MIN_STRATUM or end == len(order)):
+            cuts.append(end)
+    return np.split(order, cuts[1:-1]) if len(cuts) > 2 else [order]
+
+
+def _krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the new change of the genes of one stratum."""
+    n = len(changes)
     apart = squares[:n, :n][np.triu_indices(n, 1)]
     unit = float(np.median(apart[apart > 0])) if (apart > 0).any() else 1.0
     fits = [_given_length(changes, errors, squares, length * unit) for length in LENGTHS]
@@ -62,7 +87,7 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
     weights /= weights.sum()
     mean = sum(w * fit[1] for w, fit in zip(weights, fits, strict=True))
     second = sum(w * fit[2] for w, fit in zip(weights, fits, strict=True))
-    return Change(np.asarray(mean), np.maximum(second - mean**2, 0.0))
+    return np.asarray(mean), np.maximum(second - mean**2, 0.0)
 
 
 def _given_length(
