@@ -26,17 +26,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pf_core.baselines import Context, Declined, Shift, Shifts
+from pf_core.baselines import Context
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.kriging import Change, corrected_squares, krige
+from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, strata
 from pf_core.labels import Members, condition_label
 from pf_core.outputs import Csr
 
 MAX_CELLS = 500  # per condition, for its decoded change
 
 
-PSEUDO = 0.5  # counts per 10,000
+PSEUDO = 0.3  # counts per 10,000
 PRIOR_SHAPE = 0.5  # of a gene's rate around its typical one, where its error is asked for
 
 
@@ -89,10 +89,19 @@ def measure(counts: Csr, library: np.ndarray, typical: np.ndarray) -> LogProfile
 
 
 @dataclass(frozen=True)
-class Carried:
-    """What training contexts say of one condition in one context: both answers' parts, (n_genes,) each."""
+class Known:
+    """What was observed of a training condition in one context."""
 
-    residual: np.ndarray  # observed less decoded change
+    residual: np.ndarray  # (n_genes,) observed less decoded change
+    change: Change  # observed, with its sampling error
+    weight: float  # in a mean over contexts
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What training contexts say of one condition in one context: both answers' parts."""
+
+    residual: np.ndarray
     change: Change
 
 
@@ -100,9 +109,8 @@ class Carried:
 class Calibration:
     """What was observed of the training conditions."""
 
-    residuals: Shifts
     typical: np.ndarray  # (n_genes,) rates of all training cells
-    changes: dict[str, dict[Context, Change]] = field(default_factory=dict)  # measured, with their sampling errors
+    known: dict[str, dict[Context, Known]] = field(default_factory=dict)
     controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
 
@@ -112,21 +120,28 @@ class Calibration:
         None for a condition that training did not see: corrections of its members do not add, they share the noise of
         the same controls.
         """
-        label = condition_label(members, self.separator)
-        residual = self.residuals.of(label, context)
-        if isinstance(residual, Declined):
+        known = self.known.get(condition_label(members, self.separator))
+        if known is None:
             return None
-        known = self.changes[label]
         places = [self.controls[where] for where in known]
         squares = corrected_squares(
             np.stack([place.value for place in (*places, controls)]),
             np.stack([place.noise for place in (*places, controls)]),
         )
+        shares = np.array([one.weight for one in known.values()])
         if context in known:  # the same place, whichever of its cells are given
             row = list(known).index(context)
             squares[-1, :-1] = squares[:-1, -1] = squares[row, :-1]
-        changes, errors = (np.stack([getattr(one, part) for one in known.values()]) for part in ("mean", "variance"))
-        return Carried(residual.value, krige(changes, errors, squares))
+            own = shares[row] if len(known) > 1 else 1.0
+            shares[row] = 0.0
+            shares *= (1.0 - own) / max(shares.sum(), 1e-300)
+            shares[row] = own
+        shares /= shares.sum()
+        changes = np.stack([one.change.mean for one in known.values()])
+        errors = np.stack([one.change.variance for one in known.values()])
+        residual = shares @ np.stack([one.residual for one in known.values()])
+        residual = shrink(residual, shares**2 @ errors, strata(mean_change(changes, errors)))
+        return Carried(residual, krige(changes, errors, squares))
 
 
 @dataclass(frozen=True)
@@ -155,13 +170,12 @@ def correction(
     variance = sum(one.change.variance for one in known)
     if len(known) == len(carried):
         change = 0.5 * change + 0.5 * sum(one.change.mean for one in known)
-    profile, moved = (
-        np.maximum(np.exp(value) - PSEUDO, 0.0) / NORMALISED_TOTAL
-        for value in (controls.value, controls.value + change)
-    )
+    rate = log_rate(before)
+    rate = rate + shrink(controls.value - rate, controls.error, strata(sum(one.change.mean for one in known)))
+    profile, moved = (np.maximum(np.exp(value) - PSEUDO, 0.0) / NORMALISED_TOTAL for value in (rate, rate + change))
     moved *= np.divide(profile.sum(), moved.sum(), out=np.ones(()), where=moved.sum() > 0)
     factor = np.divide(profile, before, out=np.ones_like(before), where=before > 0)
-    return Correction(factor, moved - profile, Change(log_rate(moved) - controls.value, np.asarray(variance)))
+    return Correction(factor, moved - profile, Change(log_rate(moved) - log_rate(profile), np.asarray(variance)))
 
 
 def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
@@ -188,16 +202,17 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         context = group.tissue, group.cell_type
         parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
         controls_of.setdefault(context, []).append(group.controls)
-    found = Calibration(Shifts(()), typical, separator=dataset.config.separator)
+    found = Calibration(typical, separator=dataset.config.separator)
     for (label, context), several in parts.items():
         sizes = np.array([n for n, _, _ in several])
         shares = sizes / sizes.sum()
-        residual = shares @ np.stack([difference for _, difference, _ in several])
-        shift = Shift(residual, float(sizes.sum() / (sizes.sum() + MIN_MATCHED)), "own context")
-        found.residuals.by_label.setdefault(label, {})[context] = shift
-        found.changes.setdefault(label, {})[context] = Change(
-            shares @ np.stack([one.mean for _, _, one in several]),
-            shares**2 @ np.stack([one.variance for _, _, one in several]),
+        found.known.setdefault(label, {})[context] = Known(
+            residual=shares @ np.stack([difference for _, difference, _ in several]),
+            change=Change(
+                shares @ np.stack([one.mean for _, _, one in several]),
+                shares**2 @ np.stack([one.variance for _, _, one in several]),
+            ),
+            weight=float(sizes.sum() / (sizes.sum() + MIN_MATCHED)),
         )
     for context, pieces in controls_of.items():
         found.controls[context] = measured(np.unique(np.concatenate(pieces)))
@@ -207,9 +222,9 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     """What from_arrays reads: values by row, and what the rows are as JSON bytes."""
     rows = [
-        (label, *context, shift, calibration.changes[label][context])
-        for label, found in sorted(calibration.residuals.by_label.items())
-        for context, shift in sorted(found.items())
+        (label, *context, one)
+        for label, found in sorted(calibration.known.items())
+        for context, one in sorted(found.items())
     ]
     contexts = sorted(calibration.controls.items())
     names = {
@@ -219,10 +234,10 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     }
     return {
         "typical": calibration.typical,
-        "residuals": np.array([shift.value for *_, shift, _ in rows], np.float32),
-        "weights": np.array([shift.weight for *_, shift, _ in rows]),
-        "changes": np.array([change.mean for *_, change in rows], np.float32),
-        "change_errors": np.array([change.variance for *_, change in rows], np.float32),
+        "residuals": np.array([one.residual for *_, one in rows], np.float32),
+        "weights": np.array([one.weight for *_, one in rows]),
+        "changes": np.array([one.change.mean for *_, one in rows], np.float32),
+        "change_errors": np.array([one.change.variance for *_, one in rows], np.float32),
         "controls": np.array([one.value for _, one in contexts], np.float32),
         "control_errors": np.array([one.error for _, one in contexts], np.float32),
         "control_noise": np.array([one.noise for _, one in contexts], np.float32),
@@ -234,12 +249,11 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
     names = json.loads(arrays["names"].tobytes())
     values = {key: np.asarray(array, np.float64) for key, array in arrays.items() if key != "names"}
-    found = Calibration(Shifts(()), values["typical"], separator=names["separator"])
+    found = Calibration(values["typical"], separator=names["separator"])
     for index, (label, tissue, cell_type) in enumerate(names["rows"]):
-        shift = Shift(values["residuals"][index], float(values["weights"][index]), "own context")
         change = Change(values["changes"][index], values["change_errors"][index])
-        found.residuals.by_label.setdefault(label, {})[tissue, cell_type] = shift
-        found.changes.setdefault(label, {})[tissue, cell_type] = change
+        one = Known(values["residuals"][index], change, float(values["weights"][index]))
+        found.known.setdefault(label, {})[tissue, cell_type] = one
     for index, (tissue, cell_type) in enumerate(names["contexts"]):
         found.controls[tissue, cell_type] = LogProfile(
             values["controls"][index], values["control_errors"][index], values["control_noise"][index]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Change", "corrected_squares", "krige"]
+__all__ = ["Change", "corrected_squares", "krige", "mean_change", "shrink", "strata"]
 
 SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
@@ -59,21 +59,41 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
     if not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError("errors holds values that are not positive and finite; pass sampling variances")
     mean, variance = np.empty(changes.shape[1]), np.empty(changes.shape[1])
-    for genes in strata(changes, errors):
+    for genes in strata(mean_change(changes, errors)):
         mean[genes], variance[genes] = _krige(changes[:, genes], errors[:, genes], squares)
     return Change(mean, variance)
 
 
-def strata(changes: np.ndarray, errors: np.ndarray) -> list[np.ndarray]:
-    """Indices of genes, by decreasing size of the mean change; their priors are learned apart."""
+def mean_change(changes: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """(n_genes,) mean of measured changes (n, n_genes), each weighted by its precision."""
     weight = 1.0 / (errors + SPREAD)
-    order = np.argsort(-np.abs((weight * changes).sum(0) / weight.sum(0)), kind="stable")
+    return (weight * changes).sum(0) / weight.sum(0)
+
+
+def strata(change: np.ndarray) -> list[np.ndarray]:
+    """Indices of genes by decreasing size of a change (n_genes,), in parts whose priors are learned apart."""
+    order = np.argsort(-np.abs(change), kind="stable")
     cuts = [0]
-    for share in (*STRATA, 1.0):
+    for share in STRATA:
         end = round(share * len(order))
-        if end - cuts[-1] >= MIN_STRATUM and (len(order) - end >= MIN_STRATUM or end == len(order)):
+        if end - cuts[-1] >= MIN_STRATUM and len(order) - end >= MIN_STRATUM:
             cuts.append(end)
-    return np.split(order, cuts[1:-1]) if len(cuts) > 2 else [order]
+    return np.split(order, cuts[1:])
+
+
+def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    """Posterior means of values (n_genes,) measured with these variances, by empirical Bayes within each part.
+
+    value_g = m + s_g N(0, 1) + error_g, with m the mean of the part by precision and the prior of s_g^2 as for `krige`.
+    """
+    found = np.empty_like(values)
+    for genes in parts:
+        centre = mean_change(values[genes][:, None], errors[genes][:, None])[0]
+        rest, error = values[genes] - centre, errors[genes][:, None]
+        total = SCALES + error
+        posterior, _ = _posterior(-0.5 * (rest[:, None] ** 2 / total + np.log(total)))
+        found[genes] = centre + rest * (posterior * SCALES / total).sum(1)
+    return found
 
 
 def _krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,14 +133,20 @@ def _given_length(
         means.append(mean)
         seconds.append(unknown + mean**2)
     log, mean, second = (np.stack(part, axis=1) for part in (logs, means, seconds))
+    posterior, evidence = _posterior(log)
+    return evidence, (posterior * mean).sum(1), (posterior * second).sum(1)
+
+
+def _posterior(log: np.ndarray) -> tuple[np.ndarray, float]:
+    """Probabilities of SCALES of every gene (n_genes, n_scales), their prior learned by EM, and the log evidence."""
     most = log.max(1, keepdims=True)
-    prior = np.full(len(SCALES), 1.0 / len(SCALES))
+    likelihood, prior = np.exp(log - most), np.full(log.shape[1], 1.0 / log.shape[1])
     for _ in range(EM_STEPS):
-        joint = np.exp(log - most) * prior
+        joint = prior * likelihood
         marginal = joint.sum(1, keepdims=True)
         posterior = joint / marginal
         prior = posterior.mean(0)
-    return float((np.log(marginal) + most).sum()), (posterior * mean).sum(1), (posterior * second).sum(1)
+    return posterior, float((np.log(marginal) + most).sum())
 
 
 def _positive(kernel: np.ndarray) -> np.ndarray:
