@@ -1,7 +1,7 @@
 """What is known of a change in other contexts, measured on training conditions and brought into predictions.
 
-Changes are those of log(PSEUDO + 1e4 p) of the mean profile p: fold changes where a gene is expressed, since these carry
-over between contexts of unequal levels, and not where it is hardly measured.
+Changes are those of log(PSEUDO + 1e4 p) of the mean profile p: fold changes where a gene is expressed, since these
+carry over between contexts of unequal levels, and not where it is hardly measured.
 
 A decoder with few latents blurs the change of single genes, most of all in contexts that training did not see under
 perturbation. Two answers are made for the change and averaged:
@@ -141,7 +141,7 @@ class Calibration:
         errors = np.stack([one.change.variance for one in known.values()])
         residual = shares @ np.stack([one.residual for one in known.values()])
         residual = shrink(residual, shares**2 @ errors, strata(mean_change(changes, errors)))
-        return Carried(residual, krige(changes, errors, squares))
+        return Carried(residual.mean, krige(changes, errors, squares))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def correction(
     if len(known) == len(carried):
         change = 0.5 * change + 0.5 * sum(one.change.mean for one in known)
     rate = log_rate(before)
-    rate = rate + shrink(controls.value - rate, controls.error, strata(sum(one.change.mean for one in known)))
+    responding = strata(np.sum([one.change.mean for one in known], axis=0))
+    rate = rate + shrink(controls.value - rate, controls.error, responding).mean
     profile, moved = (np.maximum(np.exp(value) - PSEUDO, 0.0) / NORMALISED_TOTAL for value in (rate, rate + change))
     moved *= np.divide(profile.sum(), moved.sum(), out=np.ones(()), where=moved.sum() > 0)
     factor = np.divide(profile, before, out=np.ones_like(before), where=before > 0)

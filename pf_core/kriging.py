@@ -45,7 +45,7 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
         squares: (n + 1, n + 1) squared distances of the contexts; the last is the new one.
 
     Returns:
-        Mean and variance. With one measured context the mean is its change.
+        Mean and variance. One measured context does not say how contexts differ: its change is shrunk by its error.
 
     Raises:
         ValueError: shapes that do not fit, or a variance that is not positive.
@@ -58,8 +58,11 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
         )
     if not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError("errors holds values that are not positive and finite; pass sampling variances")
+    parts = strata(mean_change(changes, errors))
+    if n == 1:
+        return shrink(changes[0], errors[0], parts)
     mean, variance = np.empty(changes.shape[1]), np.empty(changes.shape[1])
-    for genes in strata(mean_change(changes, errors)):
+    for genes in parts:
         mean[genes], variance[genes] = _krige(changes[:, genes], errors[:, genes], squares)
     return Change(mean, variance)
 
@@ -81,19 +84,22 @@ def strata(change: np.ndarray) -> list[np.ndarray]:
     return np.split(order, cuts[1:])
 
 
-def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
-    """Posterior means of values (n_genes,) measured with these variances, by empirical Bayes within each part.
+def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> Change:
+    """What is likely of values (n_genes,) measured with these variances, by empirical Bayes within each part.
 
     value_g = m + s_g N(0, 1) + error_g, with m the mean of the part by precision and the prior of s_g^2 as for `krige`.
     """
-    found = np.empty_like(values)
+    mean, variance = np.empty_like(values), np.empty_like(values)
     for genes in parts:
         centre = mean_change(values[genes][:, None], errors[genes][:, None])[0]
-        rest, error = values[genes] - centre, errors[genes][:, None]
+        rest, error = values[genes][:, None] - centre, errors[genes][:, None]
         total = SCALES + error
-        posterior, _ = _posterior(-0.5 * (rest[:, None] ** 2 / total + np.log(total)))
-        found[genes] = centre + rest * (posterior * SCALES / total).sum(1)
-    return found
+        posterior, _ = _posterior(-0.5 * (rest**2 / total + np.log(total)))
+        given = SCALES / total * rest
+        kept = (posterior * given).sum(1)
+        mean[genes] = centre + kept
+        variance[genes] = (posterior * (SCALES * error / total + given**2)).sum(1) - kept**2
+    return Change(mean, variance)
 
 
 def _krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
