@@ -267,7 +267,7 @@ NOTE = (
 )
 EFFECT_NOTE = (
     "Mean energy distance (PCA, U) of the methods that answer in all of these. With effect: the real cells differ from "
-    f"the controls, p at most {LEVEL} by relabelling up to 500 cells a side (mean over seeds). Without, the controls are "
+    f"the controls, p at most {LEVEL} by relabelling up to 500 cells a side, mean over seeds. Without, controls are "
     "the answer, and what a method has above *no change* is a false effect."
 )
 TEST_NOTE = (
