@@ -1,4 +1,4 @@
-"""Held-out conditions of the three public data sets, in both twins; writes docs/results.md.
+"""Held-out conditions of the three public data sets, in both twins; writes a Markdown file.
 
     python benchmarks/held_out.py FOLDER_WITH_H5AD_FILES --runs runs --seeds 1
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
+    parser.add_argument("--out", type=Path, default=Path("held_out.md"))
     arguments = parser.parse_args()
     lines = [
         "# Held-out conditions of public data",

@@ -64,7 +64,7 @@ class Prediction:
     means: Means | None
     basis: str = ""
     r: float | None = None  # inverse dispersion of cells around these means; None for that of the model
-    change: Change | None = None  # of log1p of the mean profile, with its variance, where that is known
+    change: Change | None = None  # of the log of the mean profile, with its variance, where that is known
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """What is known of a change in other contexts, measured on training conditions and brought into predictions.
 
+Changes are those of log(PSEUDO + 1e4 p) of the mean profile p: fold changes where a gene is expressed, since these
+carry over between contexts of unequal levels, and not where it is hardly measured.
+
 A decoder with few latents blurs the change of single genes, most of all in contexts that training did not see under
-perturbation. Two answers are made for the change of the log1p mean profile and averaged:
+perturbation. Two answers are made for the change and averaged:
 
 1. The decoded change, and what it missed elsewhere: the difference between the observed and the decoded change of the
    training contexts, pooled like the mean shift of the baselines. With an operator that changes nothing this is the
@@ -10,8 +13,9 @@ perturbation. Two answers are made for the change of the log1p mean profile and 
    that are more alike count for more, as far as the data say that likeness matters.
 
 The first is right in direction and too timid in size where the context is unlike the others; the errors of the second
-are of another kind. The prediction then has this mean change exactly: gene by gene, decoded means are scaled so that
-over the controls they average to the controls' own profile before, and to the predicted one after.
+are of another kind. What is predicted is then the cells' own profile with this change of their mean: decoded means of
+the controls are brought to the controls' level by a factor for each gene, and what the mean rises or falls by is added
+to every cell alike.
 """
 
 from __future__ import annotations
@@ -22,58 +26,91 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pf_core.baselines import Context, Declined, Shift, Shifts, log_profile
+from pf_core.baselines import Context
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.kriging import Change, corrected_squares, krige
+from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, strata
 from pf_core.labels import Members, condition_label
 from pf_core.outputs import Csr
 
 MAX_CELLS = 500  # per condition, for its decoded change
 
 
+PSEUDO = 0.3  # counts per 10,000
+PRIOR_SHAPE = 0.5  # of a gene's rate around its typical one, where its error is asked for
+
+
 @dataclass(frozen=True)
 class LogProfile:
-    """log1p(1e4 p) of the mean profile p of some cells, (n_genes,), and two variances of its sampling error."""
+    """log(PSEUDO + 1e4 p) of the mean profile p of some cells, (n_genes,), and two variances of its sampling error."""
 
     value: np.ndarray
-    error: np.ndarray  # at least that of Poisson counts: no gene is known without error
-    noise: np.ndarray  # unbiased; 0 for a single cell, of which it is not known
+    error: np.ndarray  # at least that of Poisson counts at a likely rate: no gene is known without error
+    noise: np.ndarray  # from the spread of the cells alone; 0 for a single cell, of which it is not known
 
 
-def measure(counts: Csr, library: np.ndarray) -> LogProfile:
+def log_rate(profile: np.ndarray) -> np.ndarray:
+    """log(PSEUDO + 1e4 p), the scale on which changes are carried over."""
+    return np.log(PSEUDO + NORMALISED_TOTAL * profile)
+
+
+def typical_profile(counts: Csr, library: np.ndarray) -> np.ndarray:
+    """(n_genes,) mean of counts / library, at least that of one count among all of the cells."""
+    inverse = 1.0 / np.asarray(library, np.float64)
+    n = len(inverse)
+    return np.maximum(np.asarray(counts.T @ inverse).ravel() / n, inverse.mean() / n)
+
+
+def measure(counts: Csr, library: np.ndarray, typical: np.ndarray) -> LogProfile:
     """The log profile of cells.
 
-    The variance of a gene over the cells is taken to be at least that of Poisson counts with a mean of at least one
-    count among all of the cells: genes that happen to have no count are not known without error.
+    The error of few cells cannot be told from their own counts: a gene without any would seem to be known exactly, or,
+    with the slope of the logarithm at 0, not at all. It is taken at the rate p' that is expected given the counts and a
+    Gamma prior around the typical rate, p' = (a + n) / (a / typical + N) for n counts among N in all. The variance is
+    that of the cells, at least Poisson's at p'; log(PSEUDO + 1e4 p) of a mean with this variance is spread as if
+    PSEUDO + 1e4 p were log-normal.
 
     Args:
         counts: (n_cells, n_genes) CSR.
         library: (n_cells,) counts per cell.
+        typical: (n_genes,) rates of all training cells, positive.
     """
     inverse = 1.0 / np.asarray(library, np.float64)
-    n = len(inverse)
+    n, per_count = len(inverse), inverse.mean()
     mean = np.asarray(counts.T @ inverse).ravel() / n
-    spread = np.asarray(counts.multiply(counts).T @ inverse**2).ravel() / n - mean**2
-    least = inverse.mean() * np.maximum(mean, inverse.mean() / n)
-    slope = (NORMALISED_TOTAL / (1.0 + NORMALISED_TOTAL * mean)) ** 2
-    return LogProfile(log_profile(mean), np.maximum(spread, least) / n * slope, spread / max(n - 1, 1) * slope)
+    spread = (np.asarray(counts.multiply(counts).T @ inverse**2).ravel() / n - mean**2) * n / max(n - 1, 1)
+    likely = (PRIOR_SHAPE + mean * n / per_count) / (PRIOR_SHAPE / typical + n / per_count)
+    variance = np.maximum(spread, per_count * likely) / n
+
+    def of_log(variance: np.ndarray, rate: np.ndarray) -> np.ndarray:
+        return np.log1p(variance * (NORMALISED_TOTAL / (PSEUDO + NORMALISED_TOTAL * rate)) ** 2)
+
+    return LogProfile(log_rate(mean), of_log(variance, likely), of_log(spread / n, mean))
+
+
+@dataclass(frozen=True)
+class Known:
+    """What was observed of a training condition in one context."""
+
+    residual: np.ndarray  # (n_genes,) observed less decoded change
+    change: Change  # observed, with its sampling error
+    weight: float  # in a mean over contexts
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What training contexts say of one condition in one context: both answers' parts, (n_genes,) each."""
+    """What training contexts say of one condition in one context: both answers' parts."""
 
-    residual: np.ndarray  # observed less decoded change
+    residual: np.ndarray
     change: Change
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was observed of the training conditions, on log1p of profiles at 1e4."""
+    """What was observed of the training conditions."""
 
-    residuals: Shifts
-    changes: dict[str, dict[Context, Change]] = field(default_factory=dict)  # measured, with their sampling errors
+    typical: np.ndarray  # (n_genes,) rates of all training cells
+    known: dict[str, dict[Context, Known]] = field(default_factory=dict)
     controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
 
@@ -83,51 +120,63 @@ class Calibration:
         None for a condition that training did not see: corrections of its members do not add, they share the noise of
         the same controls.
         """
-        label = condition_label(members, self.separator)
-        residual = self.residuals.of(label, context)
-        if isinstance(residual, Declined):
+        known = self.known.get(condition_label(members, self.separator))
+        if known is None:
             return None
-        known = self.changes[label]
         places = [self.controls[where] for where in known]
         squares = corrected_squares(
             np.stack([place.value for place in (*places, controls)]),
             np.stack([place.noise for place in (*places, controls)]),
         )
+        shares = np.array([one.weight for one in known.values()])
         if context in known:  # the same place, whichever of its cells are given
             row = list(known).index(context)
             squares[-1, :-1] = squares[:-1, -1] = squares[row, :-1]
-        changes, errors = (np.stack([getattr(one, part) for one in known.values()]) for part in ("mean", "variance"))
-        return Carried(residual.value, krige(changes, errors, squares))
+            own = shares[row] if len(known) > 1 else 1.0
+            shares[row] = 0.0
+            shares *= (1.0 - own) / max(shares.sum(), 1e-300)
+            shares[row] = own
+        shares /= shares.sum()
+        changes = np.stack([one.change.mean for one in known.values()])
+        errors = np.stack([one.change.variance for one in known.values()])
+        residual = shares @ np.stack([one.residual for one in known.values()])
+        residual = shrink(residual, shares**2 @ errors, strata(mean_change(changes, errors)))
+        return Carried(residual.mean, krige(changes, errors, squares))
 
 
-def levels(
+@dataclass(frozen=True)
+class Correction:
+    """What makes decoded means of the controls of one context the means before and after."""
+
+    factor: np.ndarray  # (n_genes,) multiplies decoded means before
+    shift: np.ndarray  # (n_genes,) added to them, times the library, after
+    change: Change  # of log_rate of the mean profile
+
+
+def correction(
     controls: LogProfile, before: np.ndarray, after: np.ndarray, carried: Sequence[Carried | None]
-) -> tuple[np.ndarray, np.ndarray, Change | None]:
-    """Factors by which decoded means before and after are multiplied, and the predicted change with its variance.
+) -> Correction | None:
+    """The correction for these controls; None where nothing is known of any condition.
 
     Args:
         controls: of the cells that are moved.
         before, after: (n_genes,) means over these cells of decoded means divided by library.
         carried: of every condition applied, one after the other; None where nothing is known.
-
-    Returns:
-        Factors (n_genes,) before and after, and the change; ones and None where nothing is known of any condition.
     """
     known = [one for one in carried if one is not None]
     if not known:
-        return np.ones_like(before), np.ones_like(after), None
-    change = log_profile(after) - log_profile(before) + sum(one.residual for one in known)
+        return None
+    change = log_rate(after) - log_rate(before) + sum(one.residual for one in known)
     variance = sum(one.change.variance for one in known)
     if len(known) == len(carried):
         change = 0.5 * change + 0.5 * sum(one.change.mean for one in known)
-    profile = np.expm1(controls.value)
-    moved = np.maximum(np.expm1(controls.value + change), 0.0)
+    rate = log_rate(before)
+    responding = strata(np.sum([one.change.mean for one in known], axis=0))
+    rate = rate + shrink(controls.value - rate, controls.error, responding).mean
+    profile, moved = (np.maximum(np.exp(value) - PSEUDO, 0.0) / NORMALISED_TOTAL for value in (rate, rate + change))
     moved *= np.divide(profile.sum(), moved.sum(), out=np.ones(()), where=moved.sum() > 0)
-    factors = [
-        np.divide(wanted / NORMALISED_TOTAL, decoded, out=np.ones_like(decoded), where=decoded > 0)
-        for wanted, decoded in ((profile, before), (moved, after))
-    ]
-    return factors[0], factors[1], Change(np.log1p(moved) - controls.value, np.asarray(variance))
+    factor = np.divide(profile, before, out=np.ones_like(before), where=before > 0)
+    return Correction(factor, moved - profile, Change(log_rate(moved) - log_rate(profile), np.asarray(variance)))
 
 
 def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
@@ -138,42 +187,45 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         groups: training conditions without control; batches of one condition and context are pooled.
         before, after: (n_groups, n_genes) mean decoded profiles of each group's controls, as they are and moved.
     """
-    decoded = log_profile(after) - log_profile(before)
+    decoded = log_rate(after) - log_rate(before)
+    cells = np.unique(np.concatenate([part for group in groups for part in (group.cells, group.controls)]))
+    typical = typical_profile(dataset.rows(cells), dataset.library()[cells])
+
+    def measured(cells: np.ndarray) -> LogProfile:
+        return measure(dataset.rows(cells), dataset.library()[cells], typical)
+
     parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, Change]]] = {}
-    cells: dict[Context, list[np.ndarray]] = {}
+    controls_of: dict[Context, list[np.ndarray]] = {}
     for group, change in zip(groups, decoded, strict=True):
-        moved, controls = _measured(dataset, group.cells), _measured(dataset, group.controls)
+        moved, controls = measured(group.cells), measured(group.controls)
         observed = Change(moved.value - controls.value, moved.error + controls.error)
         n = len(group.cells) * len(group.controls) / (len(group.cells) + len(group.controls))
         context = group.tissue, group.cell_type
         parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
-        cells.setdefault(context, []).append(group.controls)
-    found = Calibration(Shifts(()), separator=dataset.config.separator)
-    for (label, context), measured in parts.items():
-        sizes = np.array([n for n, _, _ in measured])
+        controls_of.setdefault(context, []).append(group.controls)
+    found = Calibration(typical, separator=dataset.config.separator)
+    for (label, context), several in parts.items():
+        sizes = np.array([n for n, _, _ in several])
         shares = sizes / sizes.sum()
-        residual = shares @ np.stack([difference for _, difference, _ in measured])
-        shift = Shift(residual, float(sizes.sum() / (sizes.sum() + MIN_MATCHED)), "own context")
-        found.residuals.by_label.setdefault(label, {})[context] = shift
-        found.changes.setdefault(label, {})[context] = Change(
-            shares @ np.stack([one.mean for _, _, one in measured]),
-            shares**2 @ np.stack([one.variance for _, _, one in measured]),
+        found.known.setdefault(label, {})[context] = Known(
+            residual=shares @ np.stack([difference for _, difference, _ in several]),
+            change=Change(
+                shares @ np.stack([one.mean for _, _, one in several]),
+                shares**2 @ np.stack([one.variance for _, _, one in several]),
+            ),
+            weight=float(sizes.sum() / (sizes.sum() + MIN_MATCHED)),
         )
-    for context, several in cells.items():
-        found.controls[context] = _measured(dataset, np.unique(np.concatenate(several)))
+    for context, pieces in controls_of.items():
+        found.controls[context] = measured(np.unique(np.concatenate(pieces)))
     return found
-
-
-def _measured(dataset: Dataset, cells: np.ndarray) -> LogProfile:
-    return measure(dataset.rows(cells), dataset.library()[cells])
 
 
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
     """What from_arrays reads: values by row, and what the rows are as JSON bytes."""
     rows = [
-        (label, *context, shift, calibration.changes[label][context])
-        for label, found in sorted(calibration.residuals.by_label.items())
-        for context, shift in sorted(found.items())
+        (label, *context, one)
+        for label, found in sorted(calibration.known.items())
+        for context, one in sorted(found.items())
     ]
     contexts = sorted(calibration.controls.items())
     names = {
@@ -182,10 +234,11 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
         "contexts": [context for context, _ in contexts],
     }
     return {
-        "residuals": np.array([shift.value for *_, shift, _ in rows], np.float32),
-        "weights": np.array([shift.weight for *_, shift, _ in rows]),
-        "changes": np.array([change.mean for *_, change in rows], np.float32),
-        "change_errors": np.array([change.variance for *_, change in rows], np.float32),
+        "typical": calibration.typical,
+        "residuals": np.array([one.residual for *_, one in rows], np.float32),
+        "weights": np.array([one.weight for *_, one in rows]),
+        "changes": np.array([one.change.mean for *_, one in rows], np.float32),
+        "change_errors": np.array([one.change.variance for *_, one in rows], np.float32),
         "controls": np.array([one.value for _, one in contexts], np.float32),
         "control_errors": np.array([one.error for _, one in contexts], np.float32),
         "control_noise": np.array([one.noise for _, one in contexts], np.float32),
@@ -197,12 +250,11 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
     names = json.loads(arrays["names"].tobytes())
     values = {key: np.asarray(array, np.float64) for key, array in arrays.items() if key != "names"}
-    found = Calibration(Shifts(()), separator=names["separator"])
+    found = Calibration(values["typical"], separator=names["separator"])
     for index, (label, tissue, cell_type) in enumerate(names["rows"]):
-        shift = Shift(values["residuals"][index], float(values["weights"][index]), "own context")
         change = Change(values["changes"][index], values["change_errors"][index])
-        found.residuals.by_label.setdefault(label, {})[tissue, cell_type] = shift
-        found.changes.setdefault(label, {})[tissue, cell_type] = change
+        one = Known(values["residuals"][index], change, float(values["weights"][index]))
+        found.known.setdefault(label, {})[tissue, cell_type] = one
     for index, (tissue, cell_type) in enumerate(names["contexts"]):
         found.controls[tissue, cell_type] = LogProfile(
             values["controls"][index], values["control_errors"][index], values["control_noise"][index]

@@ -24,6 +24,7 @@ from pf_core.verdict import Condition, MetricRow
 
 MAX_CELLS = 2000  # per side and condition, chosen by a named draw: distances are quadratic in it
 MAX_PCA_CELLS = 20_000
+MAX_PERMUTED = 500  # per side, for the test of an effect
 NORMAL_90 = 1.6448536269514722  # half width of the central 90 % of a standard normal
 TOP_GENES = 200
 CEILING_REPEATS = 10  # splits of the real cells into halves
@@ -182,9 +183,12 @@ def _judge(
         counts = predicted_counts(task.counts, answer.means, seed=seed, name=name, output=output, r=r)
         values = metrics.score(real, counts, task.counts, ruler)
         values |= _latent_energies(model, counts, tissue, z_real)
-        if answer.change is not None and len(cells) > 1:
-            controls_profile = measure(task.counts, task.library)
-            values |= coverage(answer.change, measure(real, dataset.library()[cells]), controls_profile)
+        if answer.means is None and min(len(cells), len(controls)) > 1:
+            values["effect_p"] = _effect_p(real, task.counts, ruler, seed=seed, name=name)
+        if answer.change is not None and model.calibration is not None and len(cells) > 1:
+            typical = model.calibration.typical
+            before = measure(task.counts, task.library, typical)
+            values |= coverage(answer.change, measure(real, dataset.library()[cells], typical), before)
         rows.append(MetricRow(condition, method, values, kind))
         if method == MODEL:
             planes["predicted"] = ruler.transform(counts)[:, :2]
@@ -197,6 +201,13 @@ def _judge(
         rows.append(MetricRow(condition, method, values, "reference"))
     planes |= {"control": ruler.transform(task.counts)[:, :2], "real": ruler.transform(real)[:, :2]}
     return Judged(condition, tuple(rows), planes["control"], planes["real"], planes.get("predicted"))
+
+
+def _effect_p(real: Csr, control: Csr, ruler: PCA, *, seed: int, name: str) -> float:
+    """Do the real cells differ from the controls at all? p of their energy distance under relabelling."""
+    rows = [_some(np.arange(some.shape[0]), MAX_PERMUTED, seed, f"{name}.effect") for some in (real, control)]
+    x, y = (ruler.transform(some[chosen]) for some, chosen in zip((real, control), rows, strict=True))
+    return metrics.permutation_p(x, y, noise.generator(seed, f"evaluation.{name}.effect_p"))
 
 
 def coverage(change: Change, real: LogProfile, controls: LogProfile) -> dict[str, float]:

@@ -5,7 +5,8 @@ For gene g in context c,
     change_cg = m_g + f_g(c) + error_cg,    m_g flat,    f_g ~ GP(0, s_g^2 exp(-D(c, c') / l)),    error ~ N(0, v_cg)
 
 with D the squared distance between the contexts' control profiles. Few genes respond, and those that do differ between
-contexts by much: s_g^2 has a discrete prior on SCALES whose probabilities are learned from all genes at once, by EM
+contexts by much, the more so the more they respond on average: genes are put into strata by the size of their mean
+change, and within a stratum s_g^2 has a discrete prior on SCALES whose probabilities are learned from its genes by EM
 (empirical Bayes; Laird 1978, doi:10.1080/01621459.1978.10480103). Predictions are averaged over it and over LENGTHS,
 each by its marginal likelihood, with m_g integrated out. Contexts of few cells have large errors and count for little.
 """
@@ -16,17 +17,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Change", "corrected_squares", "krige"]
+__all__ = ["Change", "corrected_squares", "krige", "mean_change", "shrink", "strata"]
 
-SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log1p counts per 10,000
+SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
+STRATA = (1 / 80, 1 / 20, 1 / 5)  # shares of the genes with the largest mean change that end a stratum
+MIN_STRATUM = 20  # genes; fewer teach no prior
+SPREAD = 0.05  # variance between contexts when changes are averaged to sort genes: no context is the mean alone
 EM_STEPS = 60
 SMALLEST = 1e-6  # eigenvalue of a kernel: corrected distances need not be distances of any points
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of log1p of a mean profile, (n_genes,), and the variance of what is not known of it."""
+    """A change of the log of a mean profile, (n_genes,), and the variance of what is not known of it."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -41,7 +45,7 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
         squares: (n + 1, n + 1) squared distances of the contexts; the last is the new one.
 
     Returns:
-        Mean and variance. With one measured context the mean is its change.
+        Mean and variance. One measured context does not say how contexts differ: its change is shrunk by its error.
 
     Raises:
         ValueError: shapes that do not fit, or a variance that is not positive.
@@ -54,6 +58,53 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
         )
     if not (np.isfinite(errors) & (errors > 0)).all():
         raise ValueError("errors holds values that are not positive and finite; pass sampling variances")
+    parts = strata(mean_change(changes, errors))
+    if n == 1:
+        return shrink(changes[0], errors[0], parts)
+    mean, variance = np.empty(changes.shape[1]), np.empty(changes.shape[1])
+    for genes in parts:
+        mean[genes], variance[genes] = _krige(changes[:, genes], errors[:, genes], squares)
+    return Change(mean, variance)
+
+
+def mean_change(changes: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """(n_genes,) mean of measured changes (n, n_genes), each weighted by its precision."""
+    weight = 1.0 / (errors + SPREAD)
+    return (weight * changes).sum(0) / weight.sum(0)
+
+
+def strata(change: np.ndarray) -> list[np.ndarray]:
+    """Indices of genes by decreasing size of a change (n_genes,), in parts whose priors are learned apart."""
+    order = np.argsort(-np.abs(change), kind="stable")
+    cuts = [0]
+    for share in STRATA:
+        end = round(share * len(order))
+        if end - cuts[-1] >= MIN_STRATUM and len(order) - end >= MIN_STRATUM:
+            cuts.append(end)
+    return np.split(order, cuts[1:])
+
+
+def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> Change:
+    """What is likely of values (n_genes,) measured with these variances, by empirical Bayes within each part.
+
+    value_g = m + s_g N(0, 1) + error_g, with m the mean of the part by precision and the prior of s_g^2 as for `krige`.
+    """
+    mean, variance = np.empty_like(values), np.empty_like(values)
+    for genes in parts:
+        centre = mean_change(values[genes][:, None], errors[genes][:, None])[0]
+        rest, error = values[genes][:, None] - centre, errors[genes][:, None]
+        total = SCALES + error
+        posterior, _ = _posterior(-0.5 * (rest**2 / total + np.log(total)))
+        given = SCALES / total * rest
+        kept = (posterior * given).sum(1)
+        mean[genes] = centre + kept
+        variance[genes] = (posterior * (SCALES * error / total + given**2)).sum(1) - kept**2
+    return Change(mean, variance)
+
+
+def _krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of the new change of the genes of one stratum."""
+    n = len(changes)
     apart = squares[:n, :n][np.triu_indices(n, 1)]
     unit = float(np.median(apart[apart > 0])) if (apart > 0).any() else 1.0
     fits = [_given_length(changes, errors, squares, length * unit) for length in LENGTHS]
@@ -62,7 +113,7 @@ def krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> Chang
     weights /= weights.sum()
     mean = sum(w * fit[1] for w, fit in zip(weights, fits, strict=True))
     second = sum(w * fit[2] for w, fit in zip(weights, fits, strict=True))
-    return Change(np.asarray(mean), np.maximum(second - mean**2, 0.0))
+    return np.asarray(mean), np.maximum(second - mean**2, 0.0)
 
 
 def _given_length(
@@ -88,14 +139,20 @@ def _given_length(
         means.append(mean)
         seconds.append(unknown + mean**2)
     log, mean, second = (np.stack(part, axis=1) for part in (logs, means, seconds))
+    posterior, evidence = _posterior(log)
+    return evidence, (posterior * mean).sum(1), (posterior * second).sum(1)
+
+
+def _posterior(log: np.ndarray) -> tuple[np.ndarray, float]:
+    """Probabilities of SCALES of every gene (n_genes, n_scales), their prior learned by EM, and the log evidence."""
     most = log.max(1, keepdims=True)
-    prior = np.full(len(SCALES), 1.0 / len(SCALES))
+    likelihood, prior = np.exp(log - most), np.full(log.shape[1], 1.0 / log.shape[1])
     for _ in range(EM_STEPS):
-        joint = np.exp(log - most) * prior
+        joint = prior * likelihood
         marginal = joint.sum(1, keepdims=True)
         posterior = joint / marginal
         prior = posterior.mean(0)
-    return float((np.log(marginal) + most).sum()), (posterior * mean).sum(1), (posterior * second).sum(1)
+    return posterior, float((np.log(marginal) + most).sum())
 
 
 def _positive(kernel: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from scipy.spatial.distance import cdist
 from pf_core.config import NORMALISED_TOTAL
 from pf_core.outputs import Csr
 
+PERMUTATIONS = 199
 CHUNK = 4_000_000  # distances held at once (32 MB)
 TOP_GENES = 1000  # of r2_top and l2_top
 
@@ -54,6 +55,27 @@ def energy_distance(x: np.ndarray, y: np.ndarray, *, estimator: str = "u", power
     own = (n * (n - 1), m * (m - 1)) if estimator == "u" else (n * n, m * m)
     between = 2.0 * sum_of_distances(x, y, metric) / (n * m)
     return between - sum_of_distances(x, x, metric) / own[0] - sum_of_distances(y, y, metric) / own[1]
+
+
+def permutation_p(x: np.ndarray, y: np.ndarray, rng: np.random.Generator, *, n: int = PERMUTATIONS) -> float:
+    """p-value of the energy distance of two samples: share of relabelled samples that are as far apart or farther.
+
+    Args:
+        x, y: (n_x, d) and (n_y, d), two rows or more each; all pairwise distances are held at once.
+        rng: of the relabellings.
+        n: number of relabellings; the smallest p is 1 / (n + 1).
+    """
+    pooled = np.concatenate([x, y]).astype(np.float64)
+    distances = cdist(pooled, pooled)
+    first = np.zeros((n + 1, len(pooled)))
+    first[:, : len(x)] = 1.0
+    first[1:] = rng.permuted(first[1:], axis=1)
+    towards = first @ distances
+    inside, reach = (towards * first).sum(1), towards.sum(1)
+    between, outside = reach - inside, distances.sum() - 2.0 * reach + inside
+    size, rest = len(x), len(y)
+    energy = 2.0 * between / (size * rest) - inside / (size * (size - 1)) - outside / (rest * (rest - 1))
+    return float(np.mean(energy >= energy[0] - 1e-9 * abs(energy[0])))
 
 
 def sum_of_distances(

@@ -13,7 +13,7 @@ import numpy as np
 from pf_core import backends, data, genes
 from pf_core.backends import Arrays, Backend
 from pf_core.batches import Vocabulary
-from pf_core.calibration import Calibration, from_arrays, levels, measure
+from pf_core.calibration import Calibration, Correction, correction, from_arrays, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, RunError, nearest
@@ -34,7 +34,7 @@ class Forecast(NamedTuple):
 
     z0: np.ndarray  # (n, n_latent) latents before
     points: list[tuple[np.ndarray, Means]]  # per time: latents there, means of a block of cells before and there
-    changes: dict[tuple[str, str], Change]  # of log1p mean profiles, by (tissue, cell type), where calibrated
+    changes: dict[tuple[str, str], Change]  # of log mean profiles, by (tissue, cell type), where calibrated
 
 
 class Model(LatentModel):
@@ -264,46 +264,47 @@ class Model(LatentModel):
             z1 = self.move(dataset, z1, cells, members)
         tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
         library = dataset.library()[cells].astype(self.config.dtype)
-        rows_of, factors, changes = self._calibrated(dataset, cells, steps, z0, z1)
+        rows_of, corrections = self._corrections(dataset, cells, steps, z0, z1)
 
         def at(time: float) -> tuple[np.ndarray, Means]:
             z = z0 + z0.dtype.type(time) * (z1 - z0)
-            # Half of the way has the geometric mean of the factors at its ends.
-            after = factors[0] ** (1.0 - time) * factors[1] ** time
 
             def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
                 rest = (tissue[rows], library[rows])
                 mu0, mu1 = self.decode(z0[rows], *rest), self.decode(z[rows], *rest)
-                return mu0 * factors[0][rows_of[rows]], mu1 * after[rows_of[rows]]
+                for row, found in enumerate(corrections.values()):
+                    here = rows_of[rows] == row
+                    if found is not None and here.any():
+                        mu0[here] *= found.factor
+                        added = library[rows][here, None] * (time * found.shift)
+                        mu1[here] = np.maximum(mu0[here] + added, 0.0)
+                return mu0, mu1
 
             return z, means
 
+        changes = {context: found.change for context, found in corrections.items() if found is not None}
         return Forecast(z0, [at(time) for time in times], changes)
 
-    def _calibrated(
+    def _corrections(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, dict[tuple[str, str], Change]]:
-        """Context of every cell, factors (2, n_contexts, n_genes) of decoded means, and the changes they give."""
+    ) -> tuple[np.ndarray, dict[tuple[str, str], Correction | None]]:
+        """Context of every cell, and the correction of each context."""
         keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
-        place = {context: row for row, context in enumerate(sorted(set(keys)))}
+        found: dict[tuple[str, str], Correction | None] = dict.fromkeys(sorted(set(keys)))
+        place = {context: row for row, context in enumerate(found)}
         rows_of = np.array([place[key] for key in keys])
-        factors = np.ones((2, len(place), dataset.n_genes))
-        changes: dict[tuple[str, str], Change] = {}
         if self.calibration is None:
-            return rows_of, factors, changes
+            return rows_of, found
         for context, row in place.items():
             here = np.flatnonzero(rows_of == row)
             library = dataset.library()[cells[here]]
-            controls = measure(dataset.rows(cells[here]), library)
+            controls = measure(dataset.rows(cells[here]), library, self.calibration.typical)
             carried = [self.calibration.of(members, context, controls) for members in steps]
             if any(one is not None for one in carried):
                 tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
                 decoded = [self._mean_profile(z[here], tissue, library) for z in (z0, z1)]
-                before, after, change = levels(controls, decoded[0], decoded[1], carried)
-                factors[:, row] = before, after
-                if change is not None:
-                    changes[context] = change
-        return rows_of, factors, changes
+                found[context] = correction(controls, decoded[0], decoded[1], carried)
+        return rows_of, found
 
     def _mean_profile(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
         """(n_genes,) mean over cells of decoded means divided by library."""
@@ -337,8 +338,8 @@ class Model(LatentModel):
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
             in obsm["X_control_latent"] and obsm["X_latent"]. Where training saw the perturbation in other contexts,
-            varm["change"] holds the predicted change of log1p of the mean profile per 10,000 counts, one column per
-            context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
+            varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean profile, one
+            column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Result", "Score", "Summary", "Test", "compare", "markdown", "plot", "summarise", "write"]
 
 SHOWN = ("energy_pca_u", "pearson_delta", "r2", "mse")
+INTERVALS = {"coverage_90": "all genes", "coverage_90_top": "the 200 with the largest predicted change"}
+EFFECT = "effect_p"  # of the real cells against the controls, in the row of the prediction that is the controls
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -224,9 +227,48 @@ def _tables(result: Result) -> tuple[list[str], list[list[str]], list[str], list
     return heads, rows, test_heads, tests
 
 
+def coverage_line(scores: list[Score]) -> str:
+    """What the predicted 90 % intervals of mean changes cover; nothing where no method gives any."""
+    found = []
+    for key, genes in INTERVALS.items():
+        for method in methods(scores):
+            values = _groups(_values(scores, method, key), _condition)
+            if values:
+                shares = 100.0 * np.array(list(values.values()))
+                found.append(f"{shares.mean():.1f} % of {genes} ({shares.min():.1f} to {shares.max():.1f})")
+    if not found:
+        return ""
+    return f"90 % intervals of mean changes cover {', and '.join(found)}: mean over conditions (least to most)."
+
+
+def by_effect(scores: list[Score]) -> tuple[list[str], list[list[str]]]:
+    """Mean energy distance where the real cells differ from the controls and where they do not; both must occur."""
+    tests = [_values(scores, method, EFFECT) for method in methods(scores)]
+    p = _groups({place: value for found in tests for place, value in found.items()}, _condition)
+    parts = [[place for place in p if (p[place] <= LEVEL) == effect] for effect in (True, False)]
+    if not all(parts):
+        return [], []
+    heads = [
+        "method",
+        f"{count(len(parts[0]), 'condition')} with effect",
+        f"{count(len(parts[1]), 'condition')} without",
+    ]
+    rows = []
+    for method in methods(scores):
+        values = _groups(_values(scores, method, DECIDING_METRIC), _condition)
+        if set(p) <= set(values):
+            rows.append([method, *(number(float(np.mean([values[place] for place in part]))) for part in parts)])
+    return heads, rows
+
+
 NOTE = (
     "Mean over conditions and folds ± standard error over seeds (over conditions in brackets); n/a for a single one. "
     "Real cells, half against half, is the ceiling. Methods with fewer conditions have another mean: compare below."
+)
+EFFECT_NOTE = (
+    "Mean energy distance (PCA, U) of the methods that answer in all of these. With effect: the real cells differ from "
+    f"the controls, p at most {LEVEL} by relabelling up to 500 cells a side, mean over seeds. Without, controls are "
+    "the answer, and what a method has above *no change* is a false effect."
 )
 TEST_NOTE = (
     "Energy distance (PCA, U), model less baseline, in the conditions that both answer: negative is better. Wilcoxon "
@@ -246,6 +288,9 @@ def markdown(result: Result) -> str:
     size = f"{count(len(result.folds), 'fold')}, {count(len(result.seeds), 'seed')}, {result.backend}."
     lines = [f"# {result.name}", "", size]
     lines += ["", *table(heads, rows), "", NOTE, "", *table(test_heads, tests), "", TEST_NOTE]
+    intervals, (effect_heads, effects) = coverage_line(result.scores), by_effect(result.scores)
+    lines += ["", intervals] if intervals else []
+    lines += ["", *table(effect_heads, effects), "", EFFECT_NOTE] if effects else []
     declined = _declined(result.scores)
     if declined:
         lines += ["", "Declined:", ""]
@@ -254,7 +299,8 @@ def markdown(result: Result) -> str:
             for method, rs in declined.items()
             for reason, n in rs.items()
         ]
-    lines += ["", "## Conditions", "", *table(*_by_condition(result)), "", "## Folds", ""]
+    lines += ["", "## Conditions", "", *table(*_by_condition(result, DECIDING_METRIC))]
+    lines += ["", *table(*_by_condition(result, "pearson_delta")), "", "## Folds", ""]
     audit_heads = [
         "fold",
         "name",
@@ -282,13 +328,14 @@ def markdown(result: Result) -> str:
     return "\n".join([*lines, *table(audit_heads, audits)]) + "\n"
 
 
-def _by_condition(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Energy distance of every condition and method, mean over seeds."""
+def _by_condition(result: Result, key: str) -> tuple[list[str], list[list[str]]]:
+    """One metric of every condition and method, mean over seeds."""
+    heading = next(metric.heading for metric in METRICS if metric.key == key)
     order = list(methods(result.scores))
-    values = {method: _groups(_values(result.scores, method, DECIDING_METRIC), _condition) for method in order}
+    values = {method: _groups(_values(result.scores, method, key), _condition) for method in order}
     places = sorted({(score.fold, score.condition) for score in result.scores})
     rows = [[str(p[0]), p[1], *(number(values[m].get(p)) for m in order)] for p in places]
-    return ["fold", "condition (energy distance, PCA, U)", *order], rows
+    return ["fold", heading, *order], rows
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -386,6 +433,8 @@ def _print(console: Console, result: Result) -> None:
             table.add_row(*map(Text, row))
         console.print(table)
         console.print(Text(text, style="dim"))
+    if intervals := coverage_line(result.scores):
+        console.print(intervals, highlight=False)
     for method, reasons in _declined(result.scores).items():
         first, rest = next(iter(reasons)), len(reasons) - 1
         more = f", and {count(rest, 'other reason')} in task.md" if rest else ""

@@ -1,12 +1,14 @@
 """What training says of a change in other contexts, and how decoded means take it up."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import sparse
 from small_data import small
 
 from pf_core import data
-from pf_core.calibration import calibrate, from_arrays, levels, measure, to_arrays
+from pf_core.calibration import calibrate, correction, from_arrays, log_rate, measure, to_arrays
 from pf_core.config import DataConfig
 from pf_core.evaluation import coverage
 from pf_core.kriging import Change
@@ -28,66 +30,102 @@ def calibrated():
     return dataset, groups, calibrate(dataset, groups, before, after)
 
 
-def test_the_error_of_a_log_profile_is_the_spread_of_repeated_measurements():
+@pytest.mark.parametrize(("n", "expected"), [(53, 3000.0), (17, 700.0)])
+def test_the_error_of_a_log_profile_is_the_spread_of_repeated_measurements(n, expected):
     rng = generator(43, "test_calibration.measure")
-    p, library = _profiles(rng, 29), 3000.0
-    found = [measure(sparse.csr_matrix(rng.poisson(library * p, (53, 29))), np.full(53, library)) for _ in range(301)]
+    p, library = _profiles(rng, 1009), np.full(n, expected)
+    found = [measure(sparse.csr_matrix(rng.poisson(expected * p, (n, 1009))), library, p) for _ in range(101)]
     spread = np.var([one.value for one in found], axis=0, ddof=1)
-    np.testing.assert_allclose(np.mean([one.noise for one in found], axis=0), spread, rtol=0.35)
-    assert all((one.error >= one.noise * 52 / 53 - 1e-12).all() for one in found)
+    error, noise = (np.mean([getattr(one, key) for one in found], axis=0) for key in ("error", "noise"))
+    np.testing.assert_allclose(error.mean(), spread.mean(), rtol=0.2)
+    often = p * expected * n > 30
+    np.testing.assert_allclose(error[often].mean(), spread[often].mean(), rtol=0.1)
+    np.testing.assert_allclose(noise[often].mean(), spread[often].mean(), rtol=0.1)
 
 
-def test_a_gene_without_counts_is_not_known_without_error():
-    counts = sparse.csr_matrix(np.array([[3.0, 0.0], [5.0, 0.0]]))
-    found = measure(counts, np.array([3.0, 5.0]))
-    assert found.value[1] == 0
-    assert found.error[1] > 0
-    assert found.noise[1] == 0
+def test_a_gene_without_counts_is_known_as_well_as_its_typical_rate_allows():
+    counts, library = sparse.csr_matrix(np.array([[300.0, 0.0, 0.0], [500.0, 0.0, 0.0]])), np.array([300.0, 500.0])
+    found = measure(counts, library, np.array([0.9, 1e-6, 1e-2]))
+    np.testing.assert_allclose(found.value[1:], np.log(0.3))
+    assert 0 < found.error[1] < found.error[2]
+    assert (found.noise[1:] == 0).all()
 
 
-def test_decoded_means_are_brought_to_the_profile_of_the_controls_and_to_the_predicted_change(calibrated):
+def test_means_take_up_the_mean_of_both_answers_and_a_well_measured_level(calibrated):
     dataset, _, calibration = calibrated
-    rng = generator(47, "test_calibration.levels")
+    rng = generator(47, "test_calibration.correction")
     controls = np.flatnonzero(dataset.is_control)
-    here = measure(dataset.rows(controls), dataset.library()[controls])
+    here = measure(dataset.rows(controls), dataset.library()[controls], calibration.typical)
+    here = dataclasses.replace(here, error=np.full_like(here.error, 1e-9))
     before, after = _profiles(rng, 2, dataset.n_genes)
     carried = calibration.of((("A", 1.0),), ("t1", "x"), here)
     assert carried is not None
-    first, second, change = levels(here, before, after, [carried])
-    assert change is not None
-    p0, p1 = (np.log1p(1e4 * mean) for mean in (first * before, second * after))
-    np.testing.assert_allclose(p0, here.value, atol=1e-9)
-    np.testing.assert_allclose(p1 - p0, change.mean, atol=1e-9)
-    np.testing.assert_allclose((second * after).sum(), (first * before).sum())
+    found = correction(here, before, after, [carried])
+    assert found is not None
+    p0 = before * found.factor
+    p1 = p0 + found.shift
+    np.testing.assert_allclose(log_rate(p0), here.value, atol=1e-4)
+    np.testing.assert_allclose(log_rate(p1) - log_rate(p0), found.change.mean, atol=1e-9)
+    np.testing.assert_allclose(p1.sum(), p0.sum())
+    answers = log_rate(after) - log_rate(before) + carried.residual, carried.change.mean
+    wanted = np.maximum(np.exp(here.value + sum(answers) / 2) - 0.3, 0.0)
+    np.testing.assert_allclose(p1, wanted / wanted.sum() * p0.sum(), rtol=1e-4, atol=1e-8)
+
+
+def test_a_level_that_is_not_measured_is_the_decoded_one(calibrated):
+    dataset, _, calibration = calibrated
+    here = measure(dataset.rows(np.arange(5)), dataset.library()[:5], calibration.typical)
+    before, after = _profiles(generator(61, "test_calibration.level"), 2, dataset.n_genes)
+    here = dataclasses.replace(here, value=log_rate(before) + 1.0, error=np.full_like(before, 1e6))
+    carried = calibration.of((("A", 1.0),), ("t1", "x"), here)
+    found = correction(here, before, after, [carried])
+    assert found is not None
+    np.testing.assert_allclose(log_rate(before * found.factor), log_rate(before) + 1.0, atol=1e-6)
 
 
 def test_what_is_not_known_changes_nothing(calibrated):
     dataset, _, calibration = calibrated
-    here = measure(dataset.rows(np.arange(5)), dataset.library()[:5])
+    here = measure(dataset.rows(np.arange(5)), dataset.library()[:5], calibration.typical)
     assert calibration.of((("C", 1.0),), ("t1", "x"), here) is None
-    first, second, change = levels(here, np.ones(3), np.ones(3), [None])
-    assert change is None
-    assert (first == 1).all()
-    assert (second == 1).all()
+    assert correction(here, np.ones(3), np.ones(3), [None]) is None
 
 
 def test_a_condition_that_is_not_known_among_two_leaves_the_decoded_change_in_full(calibrated):
     dataset, _, calibration = calibrated
-    here = measure(dataset.rows(np.arange(50)), dataset.library()[:50])
+    here = measure(dataset.rows(np.arange(50)), dataset.library()[:50], calibration.typical)
     before, after = _profiles(generator(53, "test_calibration.two"), 2, dataset.n_genes)
     carried = calibration.of((("A", 1.0),), ("t1", "x"), here)
     assert carried is not None
-    *_, alone = levels(here, before, after, [carried])
-    *_, both = levels(here, before, after, [carried, None])
+    alone, both = (correction(here, before, after, some) for some in ([carried], [carried, None]))
     assert alone is not None
     assert both is not None
-    assert not np.allclose(alone.mean, both.mean)
+    assert not np.allclose(alone.change.mean, both.change.mean)
+
+
+def test_contexts_are_pooled_by_their_sizes_and_the_own_one_counts_with_its_weight(calibrated, monkeypatch):
+    dataset, _, calibration = calibrated
+    monkeypatch.setattr("pf_core.calibration.shrink", lambda values, errors, parts: Change(values, errors))
+    here = measure(dataset.rows(np.arange(50)), dataset.library()[:50], calibration.typical)
+    known = calibration.known["A"]
+    assert len(known) > 1
+    for context in (*known, ("t9", "z")):
+        total, weights = np.zeros(dataset.n_genes), 0.0
+        for where, one in known.items():
+            if where != context:
+                total, weights = total + one.weight * one.residual, weights + one.weight
+        wanted = total / weights
+        if context in known:
+            own = known[context]
+            wanted = own.weight * own.residual + (1 - own.weight) * wanted
+        found = calibration.of((("A", 1.0),), context, here)
+        assert found is not None
+        np.testing.assert_allclose(found.residual, wanted, atol=1e-12)
 
 
 def test_a_calibration_survives_the_disk(calibrated):
     dataset, _, calibration = calibrated
     again = from_arrays(to_arrays(calibration))
-    here = measure(dataset.rows(np.arange(50)), dataset.library()[:50])
+    here = measure(dataset.rows(np.arange(50)), dataset.library()[:50], calibration.typical)
     one, two = (some.of((("A", 1.0), ("B", 1.0)), ("t2", "y"), here) for some in (calibration, again))
     assert one is not None
     assert two is not None
@@ -98,7 +136,9 @@ def test_a_calibration_survives_the_disk(calibrated):
 def test_coverage_counts_genes_inside_the_interval():
     rng = generator(59, "test_calibration.coverage")
     n = 2003
-    real, controls = (measure(sparse.csr_matrix(np.ones((2, n))), np.full(2, float(n))) for _ in range(2))
+    real, controls = (
+        measure(sparse.csr_matrix(np.ones((2, n))), np.full(2, float(n)), np.full(n, 1 / n)) for _ in range(2)
+    )
     error = np.sqrt(0.3 + real.error + controls.error)
     right = coverage(Change(error * rng.standard_normal(n), np.full(n, 0.3)), real, controls)
     assert 0.88 < right["coverage_90"] < 0.92

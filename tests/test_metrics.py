@@ -200,3 +200,15 @@ def test_normalising_to_the_median_total_leaves_the_median_cell_unscaled():
     np.testing.assert_allclose(metrics.normalise(counts, total=4).toarray()[0], np.log1p([1, 3]), rtol=1e-15)
     with pytest.raises(ValueError, match="positive number"):
         metrics.normalise(counts, total=metrics.median_total(counts[1:2]))
+
+
+def test_the_permutation_test_is_that_of_energy_distances_of_relabelled_samples():
+    rng = generator(71, "test_metrics.permutation")
+    x, y = rng.standard_normal((11, 3)), rng.standard_normal((13, 3)) + 0.4
+    found = metrics.permutation_p(x, y, generator(73, "test_metrics.relabel"), n=97)
+    labels = np.tile(np.r_[np.ones(11), np.zeros(13)], (97, 1))
+    labels = generator(73, "test_metrics.relabel").permuted(labels, axis=1).astype(bool)
+    pooled, observed = np.concatenate([x, y]), metrics.energy_distance(x, y)
+    as_far = sum(metrics.energy_distance(pooled[one], pooled[~one]) >= observed for one in labels)
+    assert found == pytest.approx((1 + as_far) / 98)
+    assert metrics.permutation_p(x, x + 5.0, generator(73, "test_metrics.relabel"), n=97) == pytest.approx(1 / 98)

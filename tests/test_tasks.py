@@ -330,3 +330,21 @@ def test_equal_predictions_have_no_p_value():
     [found] = task_report.compare(scores, METRICS[0])
     assert math.isnan(found.p)
     assert found.wins == 0
+
+
+def test_intervals_and_false_effects_are_means_over_conditions():
+    rows = []
+    for condition, p, ours, cover in (("a", 0.01, 1.0, 0.8), ("b", 0.03, 3.0, 0.9), ("c", 0.4, 0.5, 1.0)):
+        for seed in (0, 1):
+            shift = 0.1 * (2 * seed - 1)
+            values = {"energy_pca_u": ours + shift, "coverage_90": cover + shift / 10}
+            rows.append(Score(1, seed, condition, 9, "m", "model", None, values))
+            values = {"energy_pca_u": 2 * ours, "effect_p": p + shift / 100}
+            rows.append(Score(1, seed, condition, 9, "no change", "baseline", None, values))
+            rows.append(Score(1, seed, condition, 9, "shy", "baseline", "no" if condition == "a" else None, values))
+    heads, found = task_report.by_effect([row for row in rows if row.method != "shy"])
+    assert heads[1:] == ["2 conditions with effect", "1 condition without"]
+    assert found == [["m", "2.00", "0.500"], ["no change", "4.00", "1.00"]]
+    assert [row[0] for row in task_report.by_effect(rows)[1]] == ["m", "no change"]
+    assert task_report.by_effect([row for row in rows if row.condition != "c"]) == ([], [])
+    assert "cover 90.0 % of all genes (80.0 to 100.0)" in task_report.coverage_line(rows)
