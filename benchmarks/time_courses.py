@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pf_core import data, metrics, times
 from pf_core.config import Config, DataConfig, from_dict, to_dict
-from pf_core.flow_judgement import HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
+from pf_core.flow_judgement import ALONG, HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PREVIOUS
 from pf_core.leave_one_time_out import CANDIDATES, candidate_scores, leave_one_time_out
 from pf_core.task_report import Result
 from pf_core.time_baselines import closeness, mixed
@@ -27,7 +27,7 @@ from pf_core.verdict import DECIDING_METRIC
 DRAWS = 5
 
 SIDES = ("flow from the previous point alone", "flow from the next point alone")
-COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, PACED, MODEL, HALVES)
+COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, ALONG, MODEL, HALVES)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def table(result: Result) -> list[str]:
     """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
     values = {method: by_point(result, method) for method in COLUMNS}
     lines = [f"| left out | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    rivals = [method for method in COLUMNS if method not in (HALVES, PACED, *SIDES)]
+    rivals = [method for method in COLUMNS if method not in (HALVES, ALONG, *SIDES)]
     for row, fold in enumerate(result.folds):
         means = {method: float(values[method][row].mean()) for method in COLUMNS}
         least = min(means[method] for method in rivals)
@@ -94,13 +94,13 @@ def against(result: Result, method: str) -> tuple[float, float]:
 
 
 def verdict(results: dict[str, Result]) -> list[str]:
-    lines = [f"| | less {INTERPOLATION} | less {MIXTURE} |", "|---|---|---|"]
+    lines = [f"| | less {INTERPOLATION} | less {MIXTURE} | less {ALONG} |", "|---|---|---|---|"]
     below = 0
     for name, result in results.items():
-        found = [against(result, method) for method in (INTERPOLATION, MIXTURE)]
-        below += all(difference < 0 for difference, _ in found)
+        found = [against(result, method) for method in (INTERPOLATION, MIXTURE, ALONG)]
+        below += all(difference < 0 for difference, _ in found[:2])
         lines.append(f"| {name} | " + " | ".join(shown(d, e, "+") for d, e in found) + " |")
-    return [*lines, "", f"Below both in {below} of {len(results)} data sets."]
+    return [*lines, "", f"Below {INTERPOLATION} and {MIXTURE} in {below} of {len(results)} data sets."]
 
 
 def leaks(result: Result) -> list[str]:
@@ -115,11 +115,11 @@ def leaks(result: Result) -> list[str]:
 def chosen(result: Result) -> list[str]:
     """What was chosen on inner time points."""
     picks = [
-        f"{fold['name']}: {fold['choice']['chosen']['flow.pace']}, {fold['choice']['chosen']['flow.reach']:g}"
+        f"{fold['name']}: {', '.join(f'{value:g}' for value in fold['choice']['chosen'].values())}"
         for fold in result.folds
         if fold["choice"]
     ]
-    return [f"\nPace and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
+    return [f"\nPace, bend and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
 
 
 def limits(course: CourseFile, folder: Path) -> list[str]:
@@ -144,12 +144,19 @@ def limits(course: CourseFile, folder: Path) -> list[str]:
     return lines
 
 
-def candidates(result: Result, runs: Path, source: Path, backend: str) -> list[str]:
-    """Every pace and reach on the runs of the first seed; nothing is chosen by these numbers in the tables above."""
-    lines = []
-    for fold in result.folds:
-        values = candidate_scores(runs / fold["name"] / f"seed-{result.seeds[0]}", source, backend, "cpu")
-        lines.append(f"| {result.name} | {fold['name']} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+def candidates(results: dict[str, Result], runs: Path, folder: Path, backend: str) -> list[str]:
+    """Every pace, bend and reach on the runs of the first seed: the mean over time points."""
+    means = []
+    for course in COURSES:
+        if course.name in results:
+            result = results[course.name]
+            paths = [runs / course.name / fold["name"] / f"seed-{result.seeds[0]}" for fold in result.folds]
+            values = [candidate_scores(path, folder / course.file, backend, "cpu") for path in paths]
+            means.append(np.mean(values, axis=0))
+    lines = [f"| pace | bend | reach | {' | '.join(results)} |", "|" + "---|" * (3 + len(results))]
+    for candidate, row in zip(CANDIDATES, np.transpose(means), strict=True):
+        shares = [f"{value:g}" for value in candidate.values()]
+        lines.append(f"| {' | '.join([*shares, *(f'{value:.3f}' for value in row)])} |")
     return lines
 
 
@@ -171,7 +178,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs-time"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--backend", default="jax")
-    parser.add_argument("--inner", action="store_true", help="choose pace and reach on inner time points")
+    parser.add_argument("--inner", action="store_true", help="choose pace, bend and reach on inner time points")
     parser.add_argument("--only", nargs="*", default=[], help="names of data sets")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ from the default"
@@ -213,7 +220,7 @@ def main() -> None:
         lines += ["", f"## {name}", "", *table(result), *chosen(result), *leaks(result)]
     lines += [
         "",
-        "## The flow less the two rivals, mean over time points ± standard error over seeds",
+        "## The flow less its rivals, mean over time points ± standard error over seeds",
         "",
         *verdict(results),
     ]
@@ -228,20 +235,14 @@ def main() -> None:
         "|---|---|---|---|",
     ]
     lines += [line for course in COURSES if course.name in results for line in limits(course, arguments.data)]
-    names = [f"{one['flow.pace']}, {one['flow.reach']:g}" for one in CANDIDATES]
     lines += [
         "",
-        "## Pace and reach",
+        "## Pace, bend and reach",
         "",
-        "Energy distance of the flow at every pace and reach, first seed. Even, 0 is the plain mixture.",
+        "Energy distance of the flow, mean over time points, first seed. 0, 0, 0 is the plain mixture.",
         "",
-        f"| | left out | {' | '.join(names)} |",
-        "|" + "---|" * (len(names) + 2),
+        *candidates(results, arguments.runs, arguments.data, arguments.backend),
     ]
-    for course in COURSES:
-        if course.name in results:
-            at = arguments.runs / course.name, arguments.data / course.file, arguments.backend
-            lines += candidates(results[course.name], *at)
     arguments.out.write_text("\n".join(lines) + "\n")
 
 
