@@ -256,8 +256,8 @@ class FlowModel(LatentModel):
 
         Cells of the earlier point are moved forward, cells of the later one backward, each by `reach` of the way, and
         put together in proportion to closeness, on the clock of flow.pace. Then every gene's mean goes from the line
-        between the neighbours to the course's curve, by `bend` of the way. With pace, reach and bend 0 this is the plain
-        mixture of the neighbours' cells. The latents are those before the bend.
+        between the neighbours to the course's curve, by `bend` of the way. With pace, reach and bend 0 this is the
+        plain mixture of the neighbours' cells. The latents are those before the bend.
 
         Args:
             dataset: with the model's genes.
