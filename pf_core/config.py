@@ -168,7 +168,7 @@ class FlowConfig:
     epsilon: float = 0.05  # entropic regularisation, in units of the mean cost
     unbalanced: float = 0.0  # strength of the marginals in units of the mean cost; 0 holds them exactly
     bins: int = 0  # groups of about equally many cells that times are put into; 0 takes every distinct time
-    pace: float = 1.0  # of the time between measured points: 0 even, 1 as cells change; see docs/experiments.md
+    pace: float = 0.5  # of the time between measured points: 0 even, 1 as cells change; see docs/experiments.md
     reach: float = 0.25  # share of the way that cells are moved between measured times
     bend: float = 1.0  # of means between measured times: 0 on the line between neighbours, 1 on the course's curve
 
