@@ -78,7 +78,7 @@ def table(result: Result) -> list[str]:
     """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
     values = {method: by_point(result, method) for method in COLUMNS}
     lines = [f"| left out | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    rivals = [method for method in COLUMNS if method not in (HALVES, ALONG, *SIDES)]
+    rivals = [method for method in COLUMNS if method not in (HALVES, *SIDES)]
     for row, fold in enumerate(result.folds):
         means = {method: float(values[method][row].mean()) for method in COLUMNS}
         least = min(means[method] for method in rivals)
