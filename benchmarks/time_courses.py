@@ -250,7 +250,8 @@ def main() -> None:
         "## What limits the mixture",
         "",
         "Energy distance of the plain mixture of neighbours, and of the same cells shifted to another mean (principal"
-        f" components of all genes, also those that training leaves out, mean of {DRAWS} draws). Three curves go through the means of all other time points, over the"
+        f" components of all genes, also those that training leaves out, mean of {DRAWS} draws)."
+        " Three curves go through the means of all other time points, over the"
         f" clock of pace {Config().flow.pace:g}: a monotone cubic, a natural cubic, and the mean of a Gaussian process"
         f" (Matern 3/2, length {GP_LENGTH:g} of the clock, noise {GP_NOISE:g} of the variance). At the true mean, that"
         " of the real cells, what is left is what lies around the mean.",
