@@ -15,19 +15,21 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from scipy.interpolate import CubicSpline, PchipInterpolator
 
 from pf_core import data, metrics, times
 from pf_core.config import Config, DataConfig, from_dict, to_dict
-from pf_core.flow_judgement import HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PACED, PREVIOUS
+from pf_core.flow_judgement import ALONG, HALVES, INTERPOLATION, MAX_CELLS, MIXTURE, MODEL, NEXT, PREVIOUS
 from pf_core.leave_one_time_out import CANDIDATES, candidate_scores, leave_one_time_out
 from pf_core.task_report import Result
-from pf_core.time_baselines import closeness, mixed
+from pf_core.time_baselines import clock, closeness, mixed, path_lengths, reading
 from pf_core.verdict import DECIDING_METRIC
 
 DRAWS = 5
+GP_LENGTH, GP_NOISE = 0.5, 0.05
 
 SIDES = ("flow from the previous point alone", "flow from the next point alone")
-COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, PACED, MODEL, HALVES)
+COLUMNS = (PREVIOUS, NEXT, INTERPOLATION, MIXTURE, *SIDES, ALONG, MODEL, HALVES)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def table(result: Result) -> list[str]:
     """One row a time point, means over seeds; last the mean over time points with its standard error over seeds."""
     values = {method: by_point(result, method) for method in COLUMNS}
     lines = [f"| left out | {' | '.join(COLUMNS)} |", "|" + "---|" * (len(COLUMNS) + 1)]
-    rivals = [method for method in COLUMNS if method not in (HALVES, PACED, *SIDES)]
+    rivals = [method for method in COLUMNS if method not in (HALVES, *SIDES)]
     for row, fold in enumerate(result.folds):
         means = {method: float(values[method][row].mean()) for method in COLUMNS}
         least = min(means[method] for method in rivals)
@@ -94,13 +96,13 @@ def against(result: Result, method: str) -> tuple[float, float]:
 
 
 def verdict(results: dict[str, Result]) -> list[str]:
-    lines = [f"| | less {INTERPOLATION} | less {MIXTURE} |", "|---|---|---|"]
+    lines = [f"| | less {INTERPOLATION} | less {MIXTURE} | less {ALONG} |", "|---|---|---|---|"]
     below = 0
     for name, result in results.items():
-        found = [against(result, method) for method in (INTERPOLATION, MIXTURE)]
-        below += all(difference < 0 for difference, _ in found)
+        found = [against(result, method) for method in (INTERPOLATION, MIXTURE, ALONG)]
+        below += all(difference < 0 for difference, _ in found[:2])
         lines.append(f"| {name} | " + " | ".join(shown(d, e, "+") for d, e in found) + " |")
-    return [*lines, "", f"Below both in {below} of {len(results)} data sets."]
+    return [*lines, "", f"Below {INTERPOLATION} and {MIXTURE} in {below} of {len(results)} data sets."]
 
 
 def leaks(result: Result) -> list[str]:
@@ -115,11 +117,25 @@ def leaks(result: Result) -> list[str]:
 def chosen(result: Result) -> list[str]:
     """What was chosen on inner time points."""
     picks = [
-        f"{fold['name']}: {fold['choice']['chosen']['flow.pace']}, {fold['choice']['chosen']['flow.reach']:g}"
+        f"{fold['name']}: {', '.join(f'{value:g}' for value in fold['choice']['chosen'].values())}"
         for fold in result.folds
         if fold["choice"]
     ]
-    return [f"\nPace and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
+    return [f"\nPace, bend and reach chosen on inner time points: {'; '.join(picks)}."] if picks else []
+
+
+def curves(readings: np.ndarray, means: np.ndarray, now: float) -> list[np.ndarray]:
+    """Means (d,) on three curves through those of the measured points, over the clock."""
+
+    def covariance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        far = np.sqrt(3.0) * np.abs(one[:, None] - other) / GP_LENGTH
+        return (1.0 + far) * np.exp(-far)  # Matern, 3/2
+
+    middle = means.mean(0)
+    noisy = covariance(readings, readings) + GP_NOISE * np.eye(len(readings))
+    process = middle + (covariance(np.array([now]), readings) @ np.linalg.solve(noisy, means - middle))[0]
+    natural = CubicSpline(readings, means, bc_type="natural")
+    return [PchipInterpolator(readings, means)(now), natural(now), process]
 
 
 def limits(course: CourseFile, folder: Path) -> list[str]:
@@ -133,23 +149,35 @@ def limits(course: CourseFile, folder: Path) -> list[str]:
     for point in range(1, len(found.points) - 1):
         before, here, after = (np.flatnonzero(found.index == point + k) for k in (-1, 0, 1))
         share = closeness(*(float(time) for time in found.points[point - 1 : point + 2]))
+        others = [k for k in range(len(found.points)) if k != point]
+        measured, known = found.points[others].tolist(), [places[found.index == k] for k in others]
+        readings = clock(measured, path_lengths(known), config.flow.pace)
+        now = reading(measured, readings, float(found.points[point]))
+        means = [*curves(readings, np.stack([cells.mean(0) for cells in known]), now), places[here].mean(0)]
         values = []
         for draw in range(DRAWS):
             chosen = mixed(before, after, share, seed=draw, name="limits", most=MAX_CELLS)
             mixture, real = places[np.concatenate(chosen)], places[here]
-            moved = mixture - mixture.mean(0) + real.mean(0)
-            values.append([metrics.energy_distance(cells, real) for cells in (mixture, moved)])
-        plain, right = np.mean(values, axis=0)
-        lines.append(f"| {course.name} | {found.names[point]} | {plain:.2f} | {right:.2f} |")
+            moved = [mixture - mixture.mean(0) + mean for mean in means]
+            values.append([metrics.energy_distance(cells, real) for cells in (mixture, *moved)])
+        row = " | ".join(f"{value:.2f}" for value in np.mean(values, axis=0))
+        lines.append(f"| {course.name} | {found.names[point]} | {row} |")
     return lines
 
 
-def candidates(result: Result, runs: Path, source: Path, backend: str) -> list[str]:
-    """Every pace and reach on the runs of the first seed; nothing is chosen by these numbers in the tables above."""
-    lines = []
-    for fold in result.folds:
-        values = candidate_scores(runs / fold["name"] / f"seed-{result.seeds[0]}", source, backend, "cpu")
-        lines.append(f"| {result.name} | {fold['name']} | " + " | ".join(f"{value:.2f}" for value in values) + " |")
+def candidates(results: dict[str, Result], runs: Path, folder: Path, backend: str) -> list[str]:
+    """Every pace, bend and reach on the runs of the first seed: the mean over time points."""
+    means = []
+    for course in COURSES:
+        if course.name in results:
+            result = results[course.name]
+            paths = [runs / course.name / fold["name"] / f"seed-{result.seeds[0]}" for fold in result.folds]
+            values = [candidate_scores(path, folder / course.file, backend, "cpu") for path in paths]
+            means.append(np.mean(values, axis=0))
+    lines = [f"| pace | bend | reach | {' | '.join(results)} |", "|" + "---|" * (3 + len(results))]
+    for candidate, row in zip(CANDIDATES, np.transpose(means), strict=True):
+        shares = [f"{value:g}" for value in candidate.values()]
+        lines.append(f"| {' | '.join([*shares, *(f'{value:.3f}' for value in row)])} |")
     return lines
 
 
@@ -171,7 +199,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs-time"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--backend", default="jax")
-    parser.add_argument("--inner", action="store_true", help="choose pace and reach on inner time points")
+    parser.add_argument("--inner", action="store_true", help="choose pace, bend and reach on inner time points")
     parser.add_argument("--only", nargs="*", default=[], help="names of data sets")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings that differ from the default"
@@ -213,7 +241,7 @@ def main() -> None:
         lines += ["", f"## {name}", "", *table(result), *chosen(result), *leaks(result)]
     lines += [
         "",
-        "## The flow less the two rivals, mean over time points ± standard error over seeds",
+        "## The flow less its rivals, mean over time points ± standard error over seeds",
         "",
         *verdict(results),
     ]
@@ -221,27 +249,25 @@ def main() -> None:
         "",
         "## What limits the mixture",
         "",
-        "Energy distance of the plain mixture of neighbours, and of the same cells shifted so that their mean is that"
-        " of the real cells (principal components, mean of 5 draws). What is left then is what lies around the mean.",
+        "Energy distance of the plain mixture of neighbours, and of the same cells shifted to another mean (principal"
+        f" components of all genes, also those that training leaves out, mean of {DRAWS} draws)."
+        " Three curves go through the means of all other time points, over the"
+        f" clock of pace {Config().flow.pace:g}: a monotone cubic, a natural cubic, and the mean of a Gaussian process"
+        f" (Matern 3/2, length {GP_LENGTH:g} of the clock, noise {GP_NOISE:g} of the variance). At the true mean, that"
+        " of the real cells, what is left is what lies around the mean.",
         "",
-        "| | left out | mixture | at the true mean |",
-        "|---|---|---|---|",
+        "| | left out | mixture | monotone cubic | natural cubic | Gaussian process | at the true mean |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [line for course in COURSES if course.name in results for line in limits(course, arguments.data)]
-    names = [f"{one['flow.pace']}, {one['flow.reach']:g}" for one in CANDIDATES]
     lines += [
         "",
-        "## Pace and reach",
+        "## Pace, bend and reach",
         "",
-        "Energy distance of the flow at every pace and reach, first seed. Even, 0 is the plain mixture.",
+        "Energy distance of the flow, mean over time points, first seed. 0, 0, 0 is the plain mixture.",
         "",
-        f"| | left out | {' | '.join(names)} |",
-        "|" + "---|" * (len(names) + 2),
+        *candidates(results, arguments.runs, arguments.data, arguments.backend),
     ]
-    for course in COURSES:
-        if course.name in results:
-            at = arguments.runs / course.name, arguments.data / course.file, arguments.backend
-            lines += candidates(results[course.name], *at)
     arguments.out.write_text("\n".join(lines) + "\n")
 
 

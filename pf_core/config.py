@@ -59,6 +59,13 @@ def _shares(where: str, config: Any, *names: str) -> None:
             raise ConfigError(f"{where}.{name} is {value!r}; a share from 0 up to, not including, 1 was wanted")
 
 
+def _parts(where: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{where}.{name} is {value!r}; a number from 0 to 1 was wanted")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which columns hold what, which cells are held out, which genes are used."""
@@ -161,12 +168,14 @@ class FlowConfig:
     epsilon: float = 0.05  # entropic regularisation, in units of the mean cost
     unbalanced: float = 0.0  # strength of the marginals in units of the mean cost; 0 holds them exactly
     bins: int = 0  # groups of about equally many cells that times are put into; 0 takes every distinct time
-    pace: Literal["even", "path"] = "path"  # of time between measured points: even, or as cells change
-    reach: float = 0.25  # share of the way that cells are moved between measured times; see docs/experiments.md
+    pace: float = 0.5  # of the time between measured points: 0 even, 1 as cells change; see docs/experiments.md
+    reach: float = 0.25  # share of the way that cells are moved between measured times
+    bend: float = 1.0  # of means between measured times: 0 on the line between neighbours, 1 on the course's curve
 
     def __post_init__(self) -> None:
         _bounds("flow", self, 1, "n_embedding", "n_heads", "n_time", "n_condition", "n_hidden")
-        _bounds("flow", self, 0, "epsilon", "unbalanced", "reach", "bins")
+        _bounds("flow", self, 0, "epsilon", "unbalanced", "bins")
+        _parts("flow", self, "pace", "reach", "bend")
         if self.coupling == "exact" and self.unbalanced:
             raise ConfigError(
                 f"flow.unbalanced is {self.unbalanced:g}, and an exact plan holds its marginals; set flow.coupling to"

@@ -43,7 +43,7 @@ MODEL = "flow"
 PREVIOUS, NEXT = "previous point", "next point"
 MIXTURE = "mixture of neighbours"
 INTERPOLATION = "OT interpolation"
-PACED = "mixture at the cells' pace"  # the flow's own, with cells that stay where they are
+ALONG = "mixture along the course"  # of the flow's pace and bend, with cells that stay where they are
 HALVES = "real cells, half against half"
 
 
@@ -211,7 +211,7 @@ def answers(
         (NEXT, "baseline", plain(hole.after, NEXT)),
         (INTERPOLATION, "baseline", coupled),
         (MIXTURE, "baseline", mixture),
-        (PACED, "reference", moved("both", reach=0.0)),
+        (ALONG, "reference", moved("both", reach=0.0)),
         ("flow from the previous point alone", "reference", moved("previous")),
         ("flow from the next point alone", "reference", moved("next")),
     ]

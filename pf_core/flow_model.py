@@ -26,8 +26,8 @@ from pf_core.flow_batches import condition_code
 from pf_core.labels import Members, parse_condition
 from pf_core.latent import ENCODE_BLOCK, LatentModel
 from pf_core.model import read_config, read_vocabulary
-from pf_core.outputs import Csr, Means, predicted_counts
-from pf_core.time_baselines import Gap, closeness, mixed, paced, path_lengths, some
+from pf_core.outputs import Csr, Means, predicted_counts, scaled
+from pf_core.time_baselines import Gap, clock, closeness, curve_over_line, mixed, path_lengths, reading, some
 from pf_core.times import Axis
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ __all__ = ["FlowModel", "Moved"]
 
 Sides = Literal["both", "previous", "next"]
 Method = Literal["rk4", "dopri5"]
-Pace = Literal["even", "path"]
 DRAW = "flow"  # names the draws: cells at two times, and under two conditions, get the same
 FEWEST_STEPS = 2  # of Runge-Kutta between two requested times
 MAX_CELLS = 2000  # of a mixture
@@ -223,23 +222,21 @@ class FlowModel(LatentModel):
         draw = f"{DRAW}.{name}" if name else DRAW
         return predicted_counts(dataset.rows(cells), chosen, seed=seed, name=draw, output=output, r=self.dispersion())
 
-    def place(self, dataset: Dataset, gap: Gap, pace: Pace | None = None) -> float:
-        """Where in a gap with two sides a time lies, 0 at the earlier point and 1 at the later.
+    def clock(self, dataset: Dataset, gap: Gap, pace: float | None = None) -> tuple[np.ndarray, float]:
+        """What the clock of a gap's series shows at each of its points, and in the gap (`time_baselines.clock`).
 
         Args:
             dataset: with the model's genes.
             gap: the time point and the points of its series.
-            pace: "even" in time, or "path", as fast as latents change from point to point; by default config.flow.pace.
+            pace: 0 for even in time, 1 for as fast as latents change from point to point; by default config.flow.pace.
         """
-        assert gap.before is not None
-        assert gap.after is not None
-        if (pace or self.config.flow.pace) == "even":
-            return closeness(gap.before.time, gap.time, gap.after.time)
+        times = [point.time for point in gap.points]
         latents = [
             self.encode(dataset, some(point.cells, MAX_CELLS, 0, f"pace.{point.name}")) / self.params["flow.scale"]
             for point in gap.points
         ]
-        return paced([point.time for point in gap.points], path_lengths(latents), gap.time)
+        readings = clock(times, path_lengths(latents), self.config.flow.pace if pace is None else pace)
+        return readings, reading(times, readings, gap.time)
 
     def interpolate(
         self,
@@ -250,15 +247,17 @@ class FlowModel(LatentModel):
         output: Output = "transport",
         seed: int = 0,
         name: str = "",
-        pace: Pace | None = None,
+        pace: float | None = None,
         reach: float | None = None,
+        bend: float | None = None,
         method: Method = "rk4",
     ) -> Moved | Declined:
         """Cells at a time point that was not measured, from the measured ones next to it.
 
         Cells of the earlier point are moved forward, cells of the later one backward, each by `reach` of the way, and
-        put together in proportion to closeness: reach 0 is the plain mixture of the neighbours' cells. How close the
-        time is to either side is a matter of flow.pace, see `place`.
+        put together in proportion to closeness, on the clock of flow.pace. Then every gene's mean goes from the line
+        between the neighbours to the course's curve, by `bend` of the way. With pace, reach and bend 0 this is the
+        plain mixture of the neighbours' cells. The latents are those before the bend.
 
         Args:
             dataset: with the model's genes.
@@ -266,7 +265,7 @@ class FlowModel(LatentModel):
             sides: "both", or all cells of one side.
             output: how decoded means become cells.
             seed, name: of the draws; a mixture of the same name and seed (`time_baselines.mixed`) has the same cells.
-            pace, reach: those of config.flow by default.
+            pace, reach, bend: those of config.flow by default.
             method: of integration.
 
         Returns:
@@ -276,7 +275,9 @@ class FlowModel(LatentModel):
         if isinstance(found, Declined):
             return found
         reach = self.config.flow.reach if reach is None else reach
-        place = self.place(dataset, gap, pace)
+        readings, now = self.clock(dataset, gap, pace)
+        after = int(np.searchsorted(readings, now))
+        place = closeness(readings[after - 1], now, readings[after])
         share = place if sides == "both" else float(sides == "next")
         chosen = mixed(found[0].cells, found[1].cells, share, seed=seed, name=name, most=MAX_CELLS)
         ends = self.scaled([side.time for side in found])
@@ -291,6 +292,10 @@ class FlowModel(LatentModel):
                 parts.append((cells, np.full(len(cells), side.time), z0, z1))
         cells, start, z0, z1 = (np.concatenate(part) for part in zip(*parts, strict=True))
         counts = self.predicted(dataset, cells, z0, z1, output=output, seed=seed, name=name)
+        profiles = np.stack([_profile(dataset, point.cells) for point in gap.points])
+        bend = self.config.flow.bend if bend is None else bend
+        factor = 1.0 + bend * (curve_over_line(readings, profiles, now) - 1.0)
+        counts = scaled(counts, factor, seed=seed, name=f"{DRAW}.bend.{name}", output=output)
         return Moved(cells, start, z0, z1, counts)
 
     # --- files ------------------------------------------------------------------------------------------------------
@@ -329,6 +334,11 @@ class FlowModel(LatentModel):
         found = trajectory.cells(self, source)
         pair = trajectory.counterfactual(self, found, first, second, times, start=start, **options)
         return trajectory.to_anndata(self, found, pair[0]), trajectory.to_anndata(self, found, pair[1])
+
+
+def _profile(dataset: Dataset, cells: np.ndarray) -> np.ndarray:
+    """(n_genes,) mean over cells of counts / library."""
+    return np.asarray(dataset.rows(cells).T @ (1.0 / dataset.library()[cells])).ravel() / len(cells)
 
 
 def _blocks(n: int) -> list[tuple[slice, tuple[tuple[int, int], tuple[int, int]]]]:

@@ -3,12 +3,12 @@
 Below the output directory:
 
     plan.json                    what is run; a directory is continued by the same call only
-    POINT/choice.json            pace and reach chosen on inner points, and the scores they were chosen by
+    POINT/choice.json            pace, bend and reach chosen on inner points, and the scores they were chosen by
     POINT/inner/...              the inner scores; their run directories are removed
     POINT/seed-0/                a run directory like any other
     task.json, task.md, task.svg
 
-Pace and reach belong to the prediction and not to the training, so all candidates are judged on the same inner runs. An
+These settings belong to the prediction and not to the training, so all candidates are judged on the same inner runs. An
 inner run gets a data set from which the cells of the outer time point have been removed, so it cannot see them.
 """
 
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["CANDIDATES", "leave_one_time_out"]
 
 CANDIDATES: tuple[dict[str, Any], ...] = tuple(
-    {"flow.pace": pace, "flow.reach": reach}
-    for pace, reach in itertools.product(("even", "path"), (0.0, 0.25, 0.5, 0.75, 1.0))
+    {"flow.pace": pace, "flow.bend": bend, "flow.reach": reach}
+    for pace, bend, reach in itertools.product((0.0, 0.5, 1.0), (0.0, 1.0), (0.0, 0.25, 0.5, 1.0))
 )
-FEWEST_INNER = 2  # time points; with fewer, the configured pace and reach are taken
+FEWEST_INNER = 2  # time points; with fewer, the configured settings are taken
 
 
 def leave_one_time_out(
@@ -73,8 +73,8 @@ def leave_one_time_out(
         out: directory of the results; one of the same call is continued, and what is complete is not run again.
         seeds: of the trainings; more can be added later.
         points: names of the time points; all but the first and the last by default.
-        inner: choose pace and reach of every time point on the others: each inner time point is left out once more,
-            with the first seed.
+        inner: choose pace, bend and reach of every time point on the others: each inner time point is left out once
+            more, with the first seed.
         network: CSV of regulatory edges.
         backend, device: as in fit_flow.
         min_cells: a condition with fewer held-out cells is not judged.
@@ -164,7 +164,7 @@ def _choose(
     options: dict[str, Any],
     console: Console | None,
 ) -> dict[str, Any] | None:
-    """Pace and reach with the least mean energy distance over the inner time points; None where there are too few."""
+    """Pace, bend and reach with the least mean energy distance over inner time points; None where there are too few."""
     remaining = [name for name in course.names if name != point]
     within = remaining[1:-1]
     if len(within) < FEWEST_INNER:
@@ -225,10 +225,9 @@ def candidate_scores(path: Path, source: Any, backend: str, device: str) -> list
             moved = model.interpolate(
                 dataset,
                 hole,
-                pace=candidate["flow.pace"],
-                reach=candidate["flow.reach"],
                 seed=model.config.seed,
                 name=name,
+                **{key.removeprefix("flow."): value for key, value in candidate.items()},
             )
             assert not isinstance(moved, Declined)
             row.append(metrics.energy_distance(ruler.transform(moved.counts), real))

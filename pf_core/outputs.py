@@ -145,6 +145,28 @@ def predicted_counts(
     return _csr(sparse.vstack(blocks)) if blocks else counts.copy()
 
 
+def scaled(counts: Csr, factor: np.ndarray, *, seed: int, name: str, output: Output = "transport") -> Csr:
+    """Predicted cells with gene means multiplied: Binomial(x, f) where f < 1, x + Poisson((f - 1) x) where f > 1.
+
+    Args:
+        counts: (n_cells, n_genes) CSR, from `predicted_counts` under the same output.
+        factor: (n_genes,) finite and not negative.
+        seed, name: of the draws.
+        output: for "mean" the means themselves are multiplied.
+
+    Returns:
+        (n_cells, n_genes) CSR, float32.
+    """
+    if output == "mean":
+        return _csr(counts.multiply(factor), np.float32)
+
+    def means(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        own = counts[rows].toarray().astype(np.float64)
+        return own, own * factor
+
+    return predicted_counts(counts, means, seed=seed, name=name)
+
+
 def _csr(counts: Csr, dtype: Any = None) -> Csr:
     return sparse.csr_matrix(counts, dtype=dtype)
 

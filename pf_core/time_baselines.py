@@ -22,7 +22,20 @@ from pf_core.noise import generator
 from pf_core.outputs import Csr
 from pf_core.times import Point, Series
 
-__all__ = ["Gap", "closeness", "gap", "mixed", "ot_interpolation", "paced", "path_lengths", "some"]
+__all__ = [
+    "Gap",
+    "clock",
+    "closeness",
+    "curve_over_line",
+    "gap",
+    "mixed",
+    "ot_interpolation",
+    "path_lengths",
+    "reading",
+    "some",
+]
+
+LEAST_STEP = 1e-6  # time points without a change between them keep their order on every clock
 
 
 @dataclass(frozen=True)
@@ -70,35 +83,60 @@ def closeness(before: float, time: float, after: float) -> float:
 def path_lengths(cells: Sequence[np.ndarray]) -> np.ndarray:
     """(n_points,) length of the way from the first time point to each, by the distances of neighbours.
 
-    The distance is the root of the energy distance (U, below 0 counted as 0), which is a metric.
+    The distance is the root of the energy distance (U), which is a metric, and at least LEAST_STEP.
 
     Args:
         cells: (n, d) coordinates of the cells of every time point, in order.
     """
-    steps = [math.sqrt(max(energy_distance(x, y), 0.0)) if min(len(x), len(y)) > 1 else 0.0 for x, y in pairwise(cells)]
-    return np.concatenate([[0.0], np.cumsum(steps)])
+    found = [energy_distance(x, y) if min(len(x), len(y)) > 1 else 0.0 for x, y in pairwise(cells)]
+    return np.concatenate([[0.0], np.cumsum([max(math.sqrt(max(one, 0.0)), LEAST_STEP) for one in found])])
 
 
-def paced(times: Sequence[float], lengths: Sequence[float] | np.ndarray, time: float) -> float:
-    """Where in its gap a time lies, 0 at the earlier point and 1 at the later, where cells do not change evenly.
-
-    The length of the way is interpolated over time by a monotone cubic (Fritsch and Carlson 1980): where cells change
-    fast before a gap and slowly after it, most of the gap's change comes early. With two points it is linear in time.
+def clock(times: Sequence[float], lengths: np.ndarray, pace: float) -> np.ndarray:
+    """(n_points,) what a clock shows at the measured times: 0 at the first, 1 at the last.
 
     Args:
-        times: (n_points,) measured times, rising, on both sides of `time`.
+        times: (n_points,) measured times, rising.
         lengths: (n_points,) from `path_lengths`.
-        time: the unseen time.
+        pace: 0 for a clock that runs with time, 1 for one that runs with the change of cells; between, in proportion.
+    """
+    even = (np.asarray(times, np.float64) - times[0]) / (times[-1] - times[0])
+    return (1.0 - pace) * even + pace * lengths / lengths[-1]
+
+
+def reading(times: Sequence[float], readings: np.ndarray, time: float) -> float:
+    """What a clock shows at a time that was not measured: a monotone cubic (Fritsch and Carlson 1980) through `clock`.
+
+    Where cells change fast before a gap and slowly after it, most of the gap's change comes early.
+
+    Raises:
+        ValueError: the time is not strictly between two of the measured ones.
     """
     from scipy.interpolate import PchipInterpolator
 
-    after = int(np.searchsorted(times, time))
-    if not 0 < after < len(times) or times[after] == time:
+    if not times[0] < time < times[-1] or time in times:
         raise ValueError(f"time {time:g} is not between two of {', '.join(f'{one:g}' for one in times)}")
-    gap = lengths[after] - lengths[after - 1]
-    if not gap > 0:  # nothing changes across the gap, so that every place in it is the same
-        return closeness(times[after - 1], time, times[after])
-    return float((PchipInterpolator(times, lengths)(time) - lengths[after - 1]) / gap)
+    return float(PchipInterpolator(times, readings)(time))
+
+
+def curve_over_line(readings: np.ndarray, profiles: np.ndarray, now: float) -> np.ndarray:
+    """(n_genes,) mean profile on the course's curve over that of the straight line between the neighbours.
+
+    The curve of a gene is a monotone cubic over the clock, through all measured points: it never leaves what both
+    neighbours have. With two points it is the line, and the factor 1, as for a gene that neither neighbour has.
+
+    Args:
+        readings: (n_points,) of the clock, rising.
+        profiles: (n_points, n_genes) mean profiles, not negative.
+        now: what the clock shows, between two of the points.
+    """
+    from scipy.interpolate import PchipInterpolator
+
+    after = int(np.searchsorted(readings, now))
+    share = closeness(readings[after - 1], now, readings[after])
+    line = (1.0 - share) * profiles[after - 1] + share * profiles[after]
+    curve = PchipInterpolator(readings, profiles)(now)
+    return np.divide(curve, line, out=np.ones_like(line), where=line > 0)
 
 
 def mixed(

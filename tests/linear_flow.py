@@ -89,7 +89,7 @@ def linear_model(**flow: Any) -> FlowModel:
         dtype="float64",
         data=DataConfig(genes=0),
         vae=VAEConfig(n_latent=N_LATENT),
-        flow=FlowConfig(**{"pace": "even", "reach": 1.0, **flow}),
+        flow=FlowConfig(**{"pace": 0.0, "reach": 1.0, "bend": 0.0, **flow}),
     )
     vocabulary = Vocabulary(GENES, PERTURBATIONS, TISSUES, (), (), (0.0, 2.0, 1.0), (), ())
     params = {"flow.center": np.zeros(N_LATENT), "flow.scale": SCALE}

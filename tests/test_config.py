@@ -36,6 +36,9 @@ def test_a_config_is_hashable_so_that_compiled_steps_can_key_on_it():
         ("[flow]\nunbalanced = 2", r"flow\.unbalanced is 2, and an exact plan"),
         ("[flow]\nepsilon = 0\ncoupling = 'entropic'", r"flow\.epsilon is 0"),
         ("[flow]\nbins = -1", r"flow\.bins is -1"),
+        ("[flow]\npace = 1.5", r"flow\.pace is 1\.5; a number from 0 to 1"),
+        ("[flow]\nbend = -0.1", r"flow\.bend is -0\.1; a number from 0 to 1"),
+        ("[flow]\nreach = nan", r"flow\.reach is nan; a number from 0 to 1"),
         ("seed =", "is not valid TOML"),
     ],
 )

@@ -9,7 +9,7 @@ from pf_core import trajectory
 from pf_core.baselines import Declined
 from pf_core.errors import PredictionError
 from pf_core.sensitivity import sensitivity
-from pf_core.time_baselines import gap, mixed, paced, path_lengths
+from pf_core.time_baselines import clock, curve_over_line, gap, mixed, path_lengths, reading
 from pf_core.times import series
 
 
@@ -140,19 +140,38 @@ def test_reach_zero_is_the_plain_mixture_of_the_neighbours(model, found):
     np.testing.assert_array_equal(still.counts.toarray(), found.dataset.rows(still.cells).toarray())
 
 
-def test_at_the_pace_of_the_cells_share_and_target_are_those_of_the_place():
-    model = linear_model(pace="path")
+@pytest.mark.parametrize("pace", [0.5, 1.0])
+def test_at_a_pace_of_the_cells_share_and_target_are_those_of_the_clock(pace):
+    model = linear_model(pace=pace)
     cells = trajectory.cells(model, uneven())
     [one] = [s for s in series(cells.dataset, cells.course, np.arange(cells.dataset.n_cells)) if s.label == "control"]
     hole = gap(one, 11.5)
     latents = [model.encode(cells.dataset, point.cells) / SCALE for point in one.points]
-    place = paced([10.0, 11.0, 12.0], path_lengths(latents), 11.5)
+    readings = clock([10.0, 11.0, 12.0], path_lengths(latents), pace)
+    place = (reading([10.0, 11.0, 12.0], readings, 11.5) - readings[1]) / (readings[2] - readings[1])
     assert abs(place - 0.5) > 0.03
     between = model.interpolate(cells.dataset, hole)
     assert (between.start == 12.0).mean() == pytest.approx(place, abs=0.02)
     code = model.code("control", "blood")
     rows = between.start == 11.0
     np.testing.assert_allclose(between.z1[rows], flowed(between.z0[rows], code, place * 0.5), rtol=1e-12)
+
+
+def test_bend_takes_means_from_the_line_between_neighbours_to_the_curve():
+    model = linear_model(reach=0.0)
+    cells = trajectory.cells(model, uneven())
+    [one] = series(cells.dataset, cells.course, np.arange(cells.dataset.n_cells))
+    hole = gap(one, 11.5)
+    readings, now = model.clock(cells.dataset, hole)
+    library = cells.dataset.library()
+    shares = [cells.dataset.rows(p.cells).toarray() / library[p.cells, None] for p in one.points]
+    factor = curve_over_line(readings, np.stack([share.mean(0) for share in shares]), now)
+    straight = model.interpolate(cells.dataset, hole).counts.toarray().sum(0)
+    assert (straight * np.abs(factor - 1) > 8**2).any()  # a change of twice what is allowed below
+    for bend in (0.5, 1.0):
+        bent = model.interpolate(cells.dataset, hole, bend=bend).counts.toarray().sum(0)
+        wanted = straight * (1 + bend * (factor - 1))
+        assert (np.abs(bent - wanted) < 4 * np.sqrt(straight * np.abs(factor - 1)) + 1e-9).all()
 
 
 def uneven():

@@ -50,7 +50,7 @@ def test_every_middle_point_is_left_out_and_a_second_call_trains_nothing(adata, 
         leave_one_time_out(adata, dataclasses.replace(CONFIG, dtype="float64"), **options)
 
 
-def test_pace_and_reach_are_chosen_by_the_least_mean_on_inner_points_that_never_hold_the_outer_one(
+def test_pace_bend_and_reach_are_chosen_by_the_least_mean_on_inner_points_that_never_hold_the_outer_one(
     adata, tmp_path, monkeypatch
 ):
     seen = []
@@ -71,7 +71,7 @@ def test_pace_and_reach_are_chosen_by_the_least_mean_on_inner_points_that_never_
     assert len(means) == len(CANDIDATES)
     assert choice["chosen"] == CANDIDATES[int(means.argmin())]
     used = Config.from_toml(tmp_path / "out/12/seed-0/config.toml").flow
-    assert {"flow.pace": used.pace, "flow.reach": used.reach} == choice["chosen"]
+    assert {"flow.pace": used.pace, "flow.bend": used.bend, "flow.reach": used.reach} == choice["chosen"]
     assert not [path for path in (tmp_path / "out/12/inner").iterdir() if path.is_dir()]
 
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import sparse, stats
 
 from pf_core.noise import generator
-from pf_core.outputs import BLOCK, predicted_counts, sample, transport
+from pf_core.outputs import BLOCK, predicted_counts, sample, scaled, transport
 
 
 def _rng(name):
@@ -169,3 +169,23 @@ def test_sampling_without_a_dispersion_and_unknown_outputs_are_refused():
         predicted_counts(counts, means, seed=0, name="a", output="median")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="r holds"):
         sample(np.ones((2, 3)), np.zeros(3), _rng("error"))
+
+
+def test_scaled_cells_are_thinned_or_increased_from_their_own_counts():
+    x, factor = np.array([0, 9, 40, 13, 7, 0], dtype=np.float32), np.array([0.3, 0.3, 0.9, 1.0, 2.5, 2.5])
+    n = 40_000
+    tiled = sparse.csr_matrix(np.tile(x, (n, 1)))
+    moved = scaled(tiled, factor, seed=3, name="a").toarray()
+    assert np.array_equal(moved, np.rint(moved))
+    assert (moved[:, factor <= 1] <= x[factor <= 1]).all()
+    assert (moved[:, factor >= 1] >= x[factor >= 1]).all()
+    variance = x * np.where(factor < 1, factor * (1 - factor), factor - 1)
+    assert np.all(np.abs(moved.mean(axis=0) - x * factor) <= 4.5 * np.sqrt(variance / n))
+    np.testing.assert_allclose(moved.var(axis=0), variance, rtol=0.05)
+
+
+def test_scaled_means_are_multiplied():
+    means = sparse.csr_matrix(np.array([[0.5, 2.0, 0.0], [1.5, 0.25, 3.0]], dtype=np.float32))
+    factor = np.array([0.5, 3.0, 2.0])
+    found = scaled(means, factor, seed=0, name="a", output="mean")
+    np.testing.assert_array_equal(found.toarray(), means.toarray() * factor)

@@ -6,7 +6,16 @@ from scipy import sparse
 
 from pf_core.baselines import Declined
 from pf_core.metrics import energy_distance
-from pf_core.time_baselines import closeness, gap, mixed, ot_interpolation, paced, path_lengths
+from pf_core.time_baselines import (
+    clock,
+    closeness,
+    curve_over_line,
+    gap,
+    mixed,
+    ot_interpolation,
+    path_lengths,
+    reading,
+)
 from pf_core.times import Point, Series
 
 MANY = 2000
@@ -105,7 +114,7 @@ def test_a_gap_at_the_end_of_a_series_declines(time, word):
     assert found.reason == f"there is no {word} time point to interpolate from"
 
 
-# --- pace ---------------------------------------------------------------------------------------------------------
+# --- clock --------------------------------------------------------------------------------------------------------
 def test_the_way_is_as_long_as_the_sum_of_its_steps():
     rng = np.random.default_rng(0)
     cells = [rng.normal(size=(n, 3)) + shift for n, shift in ((31, 0.0), (29, 2.0), (37, 2.0))]
@@ -113,26 +122,61 @@ def test_the_way_is_as_long_as_the_sum_of_its_steps():
     np.testing.assert_allclose(path_lengths(cells), [0.0, first**0.5, first**0.5 + max(second, 0.0) ** 0.5])
 
 
-def test_an_even_way_is_linear_in_time_and_two_points_are():
-    assert paced([0.0, 1.0, 2.0, 4.0], [0.0, 3.0, 6.0, 12.0], 2.5) == pytest.approx(0.25)
-    assert paced([0.0, 10.0], [0.0, 7.0], 4.0) == pytest.approx(0.4)
+def test_time_points_without_a_change_between_them_keep_their_order():
+    cells = [np.ones((5, 2)), np.ones((7, 2)), np.zeros((3, 2)), np.zeros((1, 2))]
+    assert (np.diff(path_lengths(cells)) > 0).all()
+
+
+@pytest.mark.parametrize(("pace", "wanted"), [(0.0, [0, 0.25, 1]), (1.0, [0, 0.6, 1]), (0.5, [0, 0.425, 1])])
+def test_a_clock_runs_from_even_in_time_to_even_in_change(pace, wanted):
+    np.testing.assert_allclose(clock([2.0, 3.0, 6.0], np.array([0.0, 3.0, 5.0]), pace), wanted)
+
+
+def test_an_even_clock_and_one_of_two_points_are_linear_in_time():
+    times, lengths = [0.0, 1.0, 2.0, 4.0], np.array([0.0, 1.0, 5.0, 12.0])
+    assert reading(times, clock(times, lengths, 0.0), 2.5) == pytest.approx(0.625)
+    assert reading([0.0, 10.0], clock([0.0, 10.0], np.array([0.0, 7.0]), 1.0), 4.0) == pytest.approx(0.4)
 
 
 def test_what_changed_fast_before_a_gap_changes_early_in_it():
     times = [0.0, 1.0, 3.0, 4.0]
-    early, late = paced(times, [0.0, 5.0, 8.0, 8.1], 2.0), paced(times, [0.0, 0.1, 3.1, 8.1], 2.0)
-    assert early > 0.55
-    assert late < 0.45
-    places = [paced(times, [0.0, 5.0, 8.0, 8.1], time) for time in np.linspace(1.01, 2.99, 50)]
-    assert (np.diff(places) > 0).all()
-    assert 0 < places[0] < places[-1] < 1
+    early, late = np.array([0.0, 5.0, 8.0, 8.1]), np.array([0.0, 0.1, 3.1, 8.1])
+    assert reading(times, early, 2.0) > 5.0 + 0.55 * 3.0
+    assert reading(times, late, 2.0) < 0.1 + 0.45 * 3.0
+    readings = [reading(times, early, time) for time in np.linspace(1.01, 2.99, 50)]
+    assert (np.diff(readings) > 0).all()
+    assert 5 < readings[0] < readings[-1] < 8
 
 
-def test_a_gap_without_change_is_even():
-    assert paced([0.0, 1.0, 3.0], [0.0, 2.0, 2.0], 1.5) == 0.25
-
-
-def test_a_time_outside_the_points_has_no_place():
-    for time in (-1.0, 0.0, 1.0, 4.0):
+def test_no_clock_is_read_outside_the_points_or_at_one():
+    for time in (-1.0, 0.0, 1.0, 3.0, 4.0):
         with pytest.raises(ValueError, match="is not between two of 0, 1, 3"):
-            paced([0.0, 1.0, 3.0], [0.0, 1.0, 2.0], time)
+            reading([0.0, 1.0, 3.0], np.array([0.0, 1.0, 2.0]), time)
+
+
+# --- curve --------------------------------------------------------------------------------------------------------
+def test_the_curve_is_the_monotone_cubic_through_all_points():
+    """Halfway between equally spaced points: their mean and an eighth of the difference of the two slopes, which are
+    harmonic means of those of the intervals on either side."""
+    profiles = np.array([[0.0, 7.0], [1.0, 5.0], [4.0, 3.0], [4.5, 1.0]])
+    slopes = 2 * 1 * 3 / (1 + 3), 2 * 3 * 0.5 / (3 + 0.5)
+    wanted = (2.5 + (slopes[0] - slopes[1]) / 8) / 2.5
+    np.testing.assert_allclose(curve_over_line(np.arange(4.0), profiles, 1.5), [wanted, 1.0])
+
+
+def test_the_curve_never_leaves_what_both_neighbours_have():
+    rng = np.random.default_rng(0)
+    readings, profiles = np.array([0.0, 0.1, 0.4, 1.0]), rng.gamma(0.3, size=(4, 101))
+    for now in (0.11, 0.2, 0.39):
+        share = closeness(0.1, now, 0.4)
+        curve = curve_over_line(readings, profiles, now) * ((1 - share) * profiles[1] + share * profiles[2])
+        low, high = np.sort(profiles[1:3], axis=0)
+        assert (curve >= low * (1 - 1e-12)).all()
+        assert (curve <= high * (1 + 1e-12)).all()
+
+
+def test_two_points_have_no_curve_and_a_gene_that_neither_neighbour_has_no_factor():
+    two = np.array([[1.0, 0.0], [3.0, 5.0]])
+    np.testing.assert_allclose(curve_over_line(np.array([0.0, 1.0]), two, 0.3), 1.0)
+    absent = np.array([[0.0], [0.0], [2.0]])
+    np.testing.assert_array_equal(curve_over_line(np.array([0.0, 0.6, 1.0]), absent, 0.3), 1.0)
