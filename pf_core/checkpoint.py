@@ -19,7 +19,7 @@ import numpy as np
 
 from pf_core.errors import RunError
 
-FORMAT = 1
+FORMAT = 2  # 1 had another calibration, and flow.pace as a word
 MANIFEST = "manifest.json"
 
 
@@ -156,7 +156,7 @@ class Run:
         if not intact:
             raise RunError(f"{path}/{MANIFEST} is damaged; restore it from a copy")
         if body["format"] != FORMAT:
-            raise RunError(f"{path} has format {body['format']}; this version reads format {FORMAT}")
+            raise RunError(f"{path} has format {body['format']}; this version reads format {FORMAT}: train again")
         run.manifest = body
         return run
 
