@@ -262,12 +262,13 @@ def metrics_json(rows: Sequence[MetricRow]) -> dict[str, Any]:
 
 
 def print_metrics(console: Console, rows: Sequence[MetricRow]) -> None:
-    """The verdict and the metric table on a terminal. The best value of a condition is bold and starred."""
+    """The verdict and the table of METRICS on a terminal. The best value of a condition is bold and starred."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    verdict, groups, metrics = judge(rows), by_condition(rows), columns(rows)
+    verdict, groups = judge(rows), by_condition(rows)
+    metrics = [metric for metric in columns(rows) if metric in METRICS]  # as wide as a terminal; the report has all
     if groups:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("held-out condition", overflow="fold")
