@@ -97,7 +97,9 @@ def shown(hour: float) -> str:
 
 
 def spread(means: np.ndarray) -> str:
-    """Mean over seeds and its standard error."""
+    """Mean over seeds and, of several, its standard error."""
+    if len(means) == 1:
+        return f"{means[0]:.3f}"
     return f"{means.mean():.3f} ± {means.std(ddof=1) / np.sqrt(len(means)):.3f}"
 
 

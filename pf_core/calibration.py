@@ -34,8 +34,6 @@ from pf_core.labels import Members, condition_label
 from pf_core.outputs import Csr
 
 MAX_CELLS = 500  # per condition, for its decoded change
-
-
 PSEUDO = 0.3  # counts per 10,000
 PRIOR_SHAPE = 0.5  # of a gene's rate around its typical one, where its error is asked for
 
