@@ -23,6 +23,7 @@ __all__ = ["energy_distance", "energy_distance_grouped", "sliced_energy_distance
 
 Estimator = Literal["v", "u"]
 _NEAR = 1e-3  # of |x|^2 + |y|^2 about the centre: below it |x - y|^2 is not taken from a product of matrices
+_PAIRS = 64  # one pair in so many can be near without all of a tile being taken by differences
 _CACHED = 1 << 18  # pairs of all groups; with more, a processor takes group by group, each of which stays in its cache
 _FAR = 1e30  # its square root and its inverse fit into float32
 
@@ -291,18 +292,28 @@ def _block(x, y, wx, wy, sign, skip, centre, smoothing: float):
     """sum_ij wx_i wy_j sign_ij |x_i - y_j| on one tile, and its gradients in x and in y.
 
     A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
-    from the centre; a tile that has one (coincident cells above all) is taken by differences instead.
+    from the centre. These (coincident cells above all) are taken by differences: where they are few they alone, else
+    the whole tile.
     """
     x_shifted, y_shifted = x - centre, y - centre
     sizes = _sizes(x_shifted, wx)[..., :, None] + _sizes(y_shifted, wy)[..., None, :]
     squared = sizes - 2.0 * matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
-    near = ((squared <= _NEAR * sizes) & ~skip).any()
+    near = (squared <= _NEAR * sizes) & ~skip
+    few = max(1, squared.size // _PAIRS)
 
     def by_product():
         value, inverse = weigh(squared)
-        gx = _pull(inverse, x_shifted, y_shifted, wy)
-        gy = _pull(jnp.swapaxes(inverse, -1, -2), y_shifted, x_shifted, wx)
-        return value, wx[..., None] * gx, wy[..., None] * gy
+        return value, *pull(inverse)
+
+    def by_pairs():
+        # The flat places of the near pairs; those beyond their number lie outside, are read as the last and not written.
+        at = jnp.searchsorted(jnp.cumsum(near.ravel(), dtype=jnp.int32), jnp.arange(1, few + 1))
+        i, j = at // y.shape[-2], at // (x.shape[-2] * y.shape[-2]) * y.shape[-2] + at % y.shape[-2]
+        difference = _rows(x)[i] - _rows(y)[j]
+        value, inverse = weigh(_put(squared, at, (difference * difference).sum(-1)))
+        force = (wx.ravel()[i] * wy.ravel()[j] * inverse.ravel()[at])[:, None] * difference
+        gx, gy = pull(_put(inverse, at, 0.0))
+        return value, _rows(gx).at[i].add(force).reshape(gx.shape), _rows(gy).at[j].add(-force).reshape(gy.shape)
 
     def by_difference():
         value, inverse = weigh(((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1))
@@ -315,6 +326,11 @@ def _block(x, y, wx, wy, sign, skip, centre, smoothing: float):
         gy, gx = jax.lax.scan(row, jnp.zeros_like(y), (jnp.moveaxis(x, -2, 0), jnp.moveaxis(inverse, -2, 0)))
         return value, jnp.moveaxis(gx, 0, -2), gy
 
+    def pull(inverse):
+        gx = _pull(inverse, x_shifted, y_shifted, wy)
+        gy = _pull(jnp.swapaxes(inverse, -1, -2), y_shifted, x_shifted, wx)
+        return wx[..., None] * gx, wy[..., None] * gy
+
     def weigh(squared):
         """The value, and sign_ij / |x_i - y_j|, where a distance of 0 has no direction and its inverse counts as 0."""
         smoothed = squared + smoothing
@@ -323,13 +339,24 @@ def _block(x, y, wx, wy, sign, skip, centre, smoothing: float):
         signed = jnp.where(counts, sign, 0.0)
         return (wx * (wy[..., None, :] * signed * distance).sum(-1)).sum(-1), signed / distance
 
-    return jax.lax.cond(near, by_difference, by_product)
+    found = near.sum(dtype=jnp.int32)
+    return jax.lax.switch(jnp.sign(found) + (found > few), (by_product, by_pairs, by_difference))
 
 
 def _pull(inverse, x, y, wy):
     """sum_j inverse_ij wy_j (x_i - y_j) as one product of matrices."""
     sums = matmul(inverse, wy[..., None] * jnp.concatenate([y, jnp.ones_like(y[..., :1])], axis=-1))
     return sums[..., -1:] * x - sums[..., :-1]
+
+
+def _rows(cells):
+    """All cells of all groups as rows."""
+    return cells.reshape(-1, cells.shape[-1])
+
+
+def _put(pairs, at, values):
+    """The array of pairs with values at flat places."""
+    return pairs.ravel().at[at].set(values).reshape(pairs.shape)
 
 
 def _sizes(cells, weight):
