@@ -23,7 +23,8 @@ __all__ = ["energy_distance", "energy_distance_grouped", "sliced_energy_distance
 
 Estimator = Literal["v", "u"]
 _NEAR = 1e-3  # of |x|^2 + |y|^2 about the centre: below it |x - y|^2 is not taken from a product of matrices
-_PAIRS = 64  # one pair in so many can be near without all of a tile being taken by differences
+_PAIRS = 64  # one pair in so many can be near without all of a tile being taken by differences,
+_NUMBERS = 1 << 21  # if their differences are no more numbers than that
 _CACHED = 1 << 18  # pairs of all groups; with more, a processor takes group by group, each of which stays in its cache
 _FAR = 1e30  # its square root and its inverse fit into float32
 
@@ -247,116 +248,138 @@ def _signed_sum_jvp(n_first, smoothing, tile, primals, tangents):
 
 
 def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int):
-    """Value and gradient of `_signed_sum`, in one pass over the tiles on and above the diagonal."""
+    """Value and gradient of `_signed_sum`, in one pass over the tiles on and above the diagonal.
+
+    With p_ij = s_ij / |z_i - z_j| and z about the centre, half the gradient in z_i is w_i sum_j p_ij w_j (z_i - z_j): two
+    products of matrices with p. The value needs no sum over pairs of its own: it is linear in the scale of the cells, so
+    that by Euler's theorem it is sum_i z_i . gradient_i.
+    """
     n = cells.shape[-2]
     tile = min(tile, n)
     n_tiles = -(-n // tile)
     tile = -(-n // n_tiles)  # equal tiles, least padding
-    first = jnp.arange(n_tiles * tile) < n_first
     cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
+    shifted, first = cells - centre, jnp.arange(n_tiles * tile) < n_first
+    pulls = weight[..., None] * jnp.concatenate([shifted, jnp.ones_like(shifted[..., :1])], axis=-1)
+    pulls_across = jnp.swapaxes(pulls, -1, -2)
+    sizes = _sizes(shifted, weight)
 
     def block(row, column):
         i, j = row * tile, column * tile
-        same = _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
+        same = lambda: _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
+        sides = [tuple(_slice(array, at, tile, -2) for array in (cells, shifted, pulls)) for at in (i, j)]
         return _block(
-            _slice(cells, i, tile, -2),
-            _slice(cells, j, tile, -2),
-            _slice(weight, i, tile, -1),
-            _slice(weight, j, tile, -1),
-            jnp.where(same, -1.0, cross[..., None, None]),
-            (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
-            centre,
+            *sides,
+            _slice(pulls_across, i, tile, -1),
+            (_slice(sizes, i, tile, -1), _slice(sizes, j, tile, -1)),
+            lambda: jnp.where(same(), -1.0, cross[..., None, None]),
+            lambda: (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
             smoothing,
         )
 
+    def settled(sums, sums_across, near, forces):
+        sums = sums + jnp.swapaxes(sums_across, -1, -2)
+        gradient = weight[..., None] * (sums[..., -1:] * shifted - sums[..., :-1])
+        # sum p (d^2 + c), where p is the inverse of the smoothed distance; near pairs have a value of their own.
+        value = (gradient * shifted).sum((-2, -1)) + 0.5 * smoothing * (weight * sums[..., -1]).sum(-1) + near
+        return value, (gradient + forces)[..., :n, :]
+
+    start = (
+        jnp.zeros_like(pulls),
+        jnp.zeros_like(pulls_across),
+        jnp.zeros(cells.shape[:-2], cells.dtype),
+        jnp.zeros_like(cells),
+    )
     if n_tiles == 1:
-        value, gradient, _ = block(0, 0)
-        return value, 2.0 * gradient
+        here, _, near, force, _ = block(0, 0)
+        return settled(2.0 * here, start[1], near, 2.0 * force)
 
     @jax.checkpoint
-    def step(carry, pair):
-        value, gradient = carry
+    def step(totals, pair):
+        sums, sums_across, value, forces = totals
         row, column = pair
         count = jnp.where(row == column, 1.0, 2.0).astype(cells.dtype)  # a tile above the diagonal stands for two
-        part, gx, gy = block(row, column)
-        gradient = _add(gradient, count * gx, row * tile)
-        return (value + count * part, _add(gradient, count * gy, column * tile)), None
+        here, across, near, force_x, force_y = block(row, column)
+        sums = _add(sums, count * here, row * tile, -2)
+        sums_across = _add(sums_across, count * across, column * tile, -1)
+        forces = _add(_add(forces, count * force_x, row * tile, -2), count * force_y, column * tile, -2)
+        return (sums, sums_across, value + count * near, forces), None
 
     rows, columns = np.triu_indices(n_tiles)
-    start = jnp.zeros(cells.shape[:-2], cells.dtype), jnp.zeros_like(cells)
-    (value, gradient), _ = jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))
-    return value, gradient[..., :n, :]
+    return settled(*jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))[0])
 
 
-def _block(x, y, wx, wy, sign, skip, centre, smoothing: float):
-    """sum_ij wx_i wy_j sign_ij |x_i - y_j| on one tile, and its gradients in x and in y.
+def _block(first, second, pull_across, sizes, sign, skip, smoothing: float):
+    """One tile of pairs: the pulls sum_j p_ij wy_j [y_j, 1] on x, those on y (across), and what is taken by differences.
 
     A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
     from the centre. These (coincident cells above all) are taken by differences: where they are few they alone, else
-    the whole tile.
+    the whole tile. What is taken so enters as its value, and as forces on x and on y.
     """
-    x_shifted, y_shifted = x - centre, y - centre
-    sizes = _sizes(x_shifted, wx)[..., :, None] + _sizes(y_shifted, wy)[..., None, :]
-    squared = sizes - 2.0 * matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
-    near = (squared <= _NEAR * sizes) & ~skip
-    few = max(1, squared.size // _PAIRS)
+    (x, x_shifted, pull_x), (y, y_shifted, pull_y) = first, second
+    wx, wy = pull_x[..., -1], pull_y[..., -1]
+    # The one array of pairs that is kept; what else is needed of pairs is made where it is used, in the same pass.
+    products = matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
+    few = max(1, min(products.size // _PAIRS, _NUMBERS // x.shape[-1]))
+
+    def squares():
+        """Squared distances, and which pairs are near."""
+        scale = sizes[0][..., :, None] + sizes[1][..., None, :]
+        squared = scale - 2.0 * products
+        return squared, (squared <= _NEAR * scale) & ~skip()
+
+    def inverses(squared, skipped):
+        """p, 0 for the pairs that are skipped."""
+        return jnp.where(skipped, 0.0, sign() / jnp.sqrt(jnp.where(skipped, 1.0, squared + smoothing)))
+
+    def pulls(p):
+        # The second product is written so that p is read as it lies: transposing a tile costs more than the product.
+        return matmul(p, pull_y), matmul(pull_across, p)
 
     def by_product():
-        value, inverse = weigh(squared)
-        return value, *pull(inverse)
+        nothing = jnp.zeros(x.shape[:-2], x.dtype), jnp.zeros_like(x), jnp.zeros_like(y)
+        return *pulls(inverses(squares()[0], skip())), *nothing
 
     def by_pairs():
-        # The flat places of the near pairs; those beyond their number lie outside, are read as the last and not written.
+        squared, near = squares()
+        # The flat places of the near pairs; where there are fewer, one beyond the end, which is read as the last.
         at = jnp.searchsorted(jnp.cumsum(near.ravel(), dtype=jnp.int32), jnp.arange(1, few + 1))
-        i, j = at // y.shape[-2], at // (x.shape[-2] * y.shape[-2]) * y.shape[-2] + at % y.shape[-2]
+        group, i, j = jnp.unravel_index(at, (math.prod(near.shape[:-2]), *near.shape[-2:]))
+        i, j = group * near.shape[-2] + i, group * near.shape[-1] + j
         difference = _rows(x)[i] - _rows(y)[j]
-        value, inverse = weigh(_put(squared, at, (difference * difference).sum(-1)))
-        force = (wx.ravel()[i] * wy.ravel()[j] * inverse.ravel()[at])[:, None] * difference
-        gx, gy = pull(_put(inverse, at, 0.0))
-        return value, _rows(gx).at[i].add(force).reshape(gx.shape), _rows(gy).at[j].add(-force).reshape(gy.shape)
+        exact = (difference * difference).sum(-1)
+        skipped = (at >= near.size) | (exact + smoothing <= 0)
+        signs = jnp.broadcast_to(sign(), near.shape).ravel()[at]
+        strength = jnp.where(skipped, 0.0, signs / jnp.sqrt(jnp.where(skipped, 1.0, exact + smoothing)))
+        strength = wx.ravel()[i] * wy.ravel()[j] * strength
+        force = strength[:, None] * difference
+        value = jnp.zeros(x.shape[:-2], x.dtype).ravel().at[group].add(strength * (exact + smoothing))
+        force_x, force_y = (jnp.zeros_like(_rows(side)).at[k].add(f) for side, k, f in ((x, i, force), (y, j, -force)))
+        forces = value.reshape(x.shape[:-2]), force_x.reshape(x.shape), force_y.reshape(y.shape)
+        return *pulls(inverses(squared, skip() | near)), *forces
 
     def by_difference():
-        value, inverse = weigh(((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1))
-        inverse = wx[..., :, None] * wy[..., None, :] * inverse
+        exact = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1)
+        strength = wx[..., :, None] * wy[..., None, :] * inverses(exact, skip() | (exact + smoothing <= 0))
+        value = (strength * (exact + smoothing)).sum((-2, -1))
 
-        def row(gy, one):
-            pulled = one[1][..., None] * (one[0][..., None, :] - y)
-            return gy - pulled, pulled.sum(-2)
+        def row(force_y, one):
+            force = one[1][..., None] * (one[0][..., None, :] - y)
+            return force_y - force, force.sum(-2)
 
-        gy, gx = jax.lax.scan(row, jnp.zeros_like(y), (jnp.moveaxis(x, -2, 0), jnp.moveaxis(inverse, -2, 0)))
-        return value, jnp.moveaxis(gx, 0, -2), gy
+        rows = jnp.moveaxis(x, -2, 0), jnp.moveaxis(strength, -2, 0)
+        force_y, force_x = jax.lax.scan(row, jnp.zeros_like(y), rows)
+        return jnp.zeros_like(pull_x), jnp.zeros_like(pull_across), value, jnp.moveaxis(force_x, 0, -2), force_y
 
-    def pull(inverse):
-        gx = _pull(inverse, x_shifted, y_shifted, wy)
-        gy = _pull(jnp.swapaxes(inverse, -1, -2), y_shifted, x_shifted, wx)
-        return wx[..., None] * gx, wy[..., None] * gy
+    def by_differences():
+        return jax.lax.cond(squares()[1].sum(dtype=jnp.int32) <= few, by_pairs, by_difference)
 
-    def weigh(squared):
-        """The value, and sign_ij / |x_i - y_j|, where a distance of 0 has no direction and its inverse counts as 0."""
-        smoothed = squared + smoothing
-        counts = (smoothed > 0) & ~skip
-        distance = jnp.sqrt(jnp.where(counts, smoothed, 1.0))
-        signed = jnp.where(counts, sign, 0.0)
-        return (wx * (wy[..., None, :] * signed * distance).sum(-1)).sum(-1), signed / distance
-
-    found = near.sum(dtype=jnp.int32)
-    return jax.lax.switch(jnp.sign(found) + (found > few), (by_product, by_pairs, by_difference))
-
-
-def _pull(inverse, x, y, wy):
-    """sum_j inverse_ij wy_j (x_i - y_j) as one product of matrices."""
-    sums = matmul(inverse, wy[..., None] * jnp.concatenate([y, jnp.ones_like(y[..., :1])], axis=-1))
-    return sums[..., -1:] * x - sums[..., :-1]
+    return jax.lax.cond(squares()[1].any(), by_differences, by_product)
 
 
 def _rows(cells):
     """All cells of all groups as rows."""
     return cells.reshape(-1, cells.shape[-1])
-
-
-def _put(pairs, at, values):
-    """The array of pairs with values at flat places."""
-    return pairs.ravel().at[at].set(values).reshape(pairs.shape)
 
 
 def _sizes(cells, weight):
@@ -374,9 +397,9 @@ def _slice(array: jax.Array, start, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _add(total: jax.Array, part: jax.Array, start) -> jax.Array:
-    old = _slice(total, start, part.shape[-2], -2)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-2)
+def _add(total: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
+    old = _slice(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=axis)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
