@@ -250,9 +250,9 @@ def _signed_sum_jvp(n_first, smoothing, tile, primals, tangents):
 def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int):
     """Value and gradient of `_signed_sum`, in one pass over the tiles on and above the diagonal.
 
-    With p_ij = s_ij / |z_i - z_j| and z about the centre, half the gradient in z_i is w_i sum_j p_ij w_j (z_i - z_j): two
-    products of matrices with p. The value needs no sum over pairs of its own: it is linear in the scale of the cells, so
-    that by Euler's theorem it is sum_i z_i . gradient_i.
+    With p_ij = s_ij / |z_i - z_j| and z about the centre, half the gradient in z_i is w_i sum_j p_ij w_j (z_i - z_j):
+    two products of matrices with p. The value needs no sum over pairs of its own: it is linear in the scale of the
+    cells, so that by Euler's theorem it is sum_i z_i . gradient_i.
     """
     n = cells.shape[-2]
     tile = min(tile, n)
@@ -310,7 +310,7 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
 
 
 def _block(first, second, pull_across, sizes, sign, skip, smoothing: float):
-    """One tile of pairs: the pulls sum_j p_ij wy_j [y_j, 1] on x, those on y (across), and what is taken by differences.
+    """One tile of pairs: the pulls sum_j p_ij wy_j [y_j, 1] on x, those on y (across), and what differences give.
 
     A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
     from the centre. These (coincident cells above all) are taken by differences: where they are few they alone, else
