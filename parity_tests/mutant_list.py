@@ -319,13 +319,13 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "distances",
         "gradient of the other cell of a pair forgotten",
-        "_add(sums_across, count * across, column * tile, -1)",
-        "sums_across",
+        "_add(gradient, count * gy, column * tile)",
+        "gradient",
     ),
     ("distances", "near pairs counted twice", "inverses(squared, skip() | near)", "inverses(squared, skip())"),
-    ("distances", "near pairs pull one cell only", "(y, j, -force)", "(y, j, 0.0 * force)"),
-    ("distances", "smoothing counted twice", "0.5 * smoothing *", "smoothing *"),
-    ("distances", "value of near pairs forgotten", ".sum(-1) + near\n", ".sum(-1)\n"),
+    ("distances", "near pairs pull one cell only", "at[j].add(-force)", "at[j].add(0.0 * force)"),
+    ("distances", "smoothing forgotten in Euler's sum", "+ smoothing * rest", "+ 0.0 * rest"),
+    ("distances", "near pairs forgotten in the rest", "at[group].add(strength)", "at[group].add(0.0 * strength)"),
     (
         "distances",
         "weights carry gradient",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -10,8 +11,9 @@ import pf_jax
 import pf_torch
 from pf_bench import peers, plain
 from pf_bench.case import Absent, Case, Context, Side, Target
-from pf_bench.frameworks import jax_grad, jax_value, torch_grad, torch_value
+from pf_bench.frameworks import jax_grad, jax_put, jax_value, torch_grad, torch_value
 from pf_bench.problems import SEED, clouds
+from pf_core.config import TILE
 from pf_core.noise import normal
 
 __all__ = ["cases"]
@@ -55,6 +57,8 @@ def gradient(context: Context, n: int, d: int) -> Case:
             }
             if context.peers:
                 whole["geomloss"] = peers.geomloss_energy(x, y, backend="tensorized", device=context.device)
+            if context.device == "cpu":
+                whole["jax GEMM"] = jax_gemm(x, y, context.device)
         else:
             reason = Absent(f"whole matrices of {n} x {n} distances are left out")
             whole = dict.fromkeys(("plain torch", "torch.cdist", "plain jax", "geomloss"), reason)
@@ -75,6 +79,34 @@ def gradient(context: Context, n: int, d: int) -> Case:
     # 2 n^2 pairs (half of each square side, and the rectangle), each in three products of 2 d operations.
     # The plain formulas round the distances of near pairs; the twins do not.
     return Case(GRADIENT, {"n": n, "d": d}, build, 5e-3, targets, memory=n != 67, series="n", flop=12.0 * n * n * d)
+
+
+def jax_gemm(x: np.ndarray, y: np.ndarray, device: str) -> Side:
+    """The products of matrices of all tiles by XLA, with the tile in the place of what is made of it."""
+    import jax
+    import jax.numpy as jnp
+
+    from pf_jax.layers import matmul
+
+    cells = np.concatenate([x, y])
+    tile = min(TILE["jax"], len(cells))
+    rows, columns = np.triu_indices(len(cells) // tile)
+
+    @jax.jit
+    def products(cells: jax.Array) -> jax.Array:
+        def step(total: Any, pair: Any) -> tuple[Any, None]:
+            a, b = (jax.lax.dynamic_slice_in_dim(cells, at * tile, tile) for at in pair)
+            pairs = matmul(a, b.T)
+            for at, part in zip(pair, (matmul(pairs, b), matmul(a.T, pairs).T), strict=True):
+                part = part + jax.lax.dynamic_slice_in_dim(total, at * tile, tile)
+                total = jax.lax.dynamic_update_slice_in_dim(total, part, at * tile, axis=0)
+            return total, None
+
+        return jax.lax.scan(step, jnp.zeros_like(cells), (rows.astype(np.int32), columns.astype(np.int32)))[0]
+
+    given = jax_put(cells, device)
+    note = "the matrix products of all tiles alone: a ceiling, not a distance"
+    return Side(lambda: jax.block_until_ready(products(given)), None, note=note)
 
 
 def value(context: Context, n: int, d: int) -> Case:

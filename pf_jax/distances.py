@@ -258,66 +258,52 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     tile = min(tile, n)
     n_tiles = -(-n // tile)
     tile = -(-n // n_tiles)  # equal tiles, least padding
+    first = jnp.arange(n_tiles * tile) < n_first
     cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
-    shifted, first = cells - centre, jnp.arange(n_tiles * tile) < n_first
-    pulls = weight[..., None] * jnp.concatenate([shifted, jnp.ones_like(shifted[..., :1])], axis=-1)
-    pulls_across = jnp.swapaxes(pulls, -1, -2)
-    sizes = _sizes(shifted, weight)
 
     def block(row, column):
         i, j = row * tile, column * tile
         same = lambda: _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
-        sides = [tuple(_slice(array, at, tile, -2) for array in (cells, shifted, pulls)) for at in (i, j)]
         return _block(
-            *sides,
-            _slice(pulls_across, i, tile, -1),
-            (_slice(sizes, i, tile, -1), _slice(sizes, j, tile, -1)),
+            _slice(cells, i, tile, -2),
+            _slice(cells, j, tile, -2),
+            _slice(weight, i, tile, -1),
+            _slice(weight, j, tile, -1),
+            centre,
             lambda: jnp.where(same(), -1.0, cross[..., None, None]),
             lambda: (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
             smoothing,
         )
 
-    def settled(sums, sums_across, near, forces):
-        sums = sums + jnp.swapaxes(sums_across, -1, -2)
-        gradient = weight[..., None] * (sums[..., -1:] * shifted - sums[..., :-1])
-        # sum p (d^2 + c), where p is the inverse of the smoothed distance; near pairs have a value of their own.
-        value = (gradient * shifted).sum((-2, -1)) + 0.5 * smoothing * (weight * sums[..., -1]).sum(-1) + near
-        return value, (gradient + forces)[..., :n, :]
-
-    start = (
-        jnp.zeros_like(pulls),
-        jnp.zeros_like(pulls_across),
-        jnp.zeros(cells.shape[:-2], cells.dtype),
-        jnp.zeros_like(cells),
-    )
-    if n_tiles == 1:
-        here, _, near, force, _ = block(0, 0)
-        return settled(2.0 * here, start[1], near, 2.0 * force)
-
     @jax.checkpoint
     def step(totals, pair):
-        sums, sums_across, value, forces = totals
+        gradient, rest = totals
         row, column = pair
         count = jnp.where(row == column, 1.0, 2.0).astype(cells.dtype)  # a tile above the diagonal stands for two
-        here, across, near, force_x, force_y = block(row, column)
-        sums = _add(sums, count * here, row * tile, -2)
-        sums_across = _add(sums_across, count * across, column * tile, -1)
-        forces = _add(_add(forces, count * force_x, row * tile, -2), count * force_y, column * tile, -2)
-        return (sums, sums_across, value + count * near, forces), None
+        gx, gy, part = block(row, column)
+        gradient = _add(gradient, count * gx, row * tile)
+        return (_add(gradient, count * gy, column * tile), rest + count * part), None
 
-    rows, columns = np.triu_indices(n_tiles)
-    return settled(*jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))[0])
+    if n_tiles == 1:
+        gradient, _, rest = block(0, 0)
+        gradient = 2.0 * gradient
+    else:
+        rows, columns = np.triu_indices(n_tiles)
+        start = jnp.zeros_like(cells), jnp.zeros(cells.shape[:-2], cells.dtype)
+        (gradient, rest), _ = jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))
+    # The smoothed distance is p (d^2 + c): Euler's sum has the part with d^2.
+    return (gradient * (cells - centre)).sum((-2, -1)) + smoothing * rest, gradient[..., :n, :]
 
 
-def _block(first, second, pull_across, sizes, sign, skip, smoothing: float):
-    """One tile of pairs: the pulls sum_j p_ij wy_j [y_j, 1] on x, those on y (across), and what differences give.
+def _block(x, y, wx, wy, centre, sign, skip, smoothing: float):
+    """On one tile: sum_j wx_i wy_j p_ij (x_i - y_j), the same for y, and sum_ij wx_i wy_j p_ij.
 
     A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
     from the centre. These (coincident cells above all) are taken by differences: where they are few they alone, else
-    the whole tile. What is taken so enters as its value, and as forces on x and on y.
+    the whole tile. sign() and skip() make arrays of pairs.
     """
-    (x, x_shifted, pull_x), (y, y_shifted, pull_y) = first, second
-    wx, wy = pull_x[..., -1], pull_y[..., -1]
+    x_shifted, y_shifted = x - centre, y - centre
+    sizes = _sizes(x_shifted, wx), _sizes(y_shifted, wy)
     # The one array of pairs that is kept; what else is needed of pairs is made where it is used, in the same pass.
     products = matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
     few = max(1, min(products.size // _PAIRS, _NUMBERS // x.shape[-1]))
@@ -333,12 +319,16 @@ def _block(first, second, pull_across, sizes, sign, skip, smoothing: float):
         return jnp.where(skipped, 0.0, sign() / jnp.sqrt(jnp.where(skipped, 1.0, squared + smoothing)))
 
     def pulls(p):
-        # The second product is written so that p is read as it lies: transposing a tile costs more than the product.
-        return matmul(p, pull_y), matmul(pull_across, p)
+        one = lambda cells, w: w[..., None] * jnp.concatenate([cells, jnp.ones_like(cells[..., :1])], axis=-1)
+        sums_x = matmul(p, one(y_shifted, wy))
+        # Written so that p is read as it lies: transposing a tile costs more than the product.
+        sums_y = jnp.swapaxes(matmul(jnp.swapaxes(one(x_shifted, wx), -1, -2), p), -1, -2)
+        gx = wx[..., None] * (sums_x[..., -1:] * x_shifted - sums_x[..., :-1])
+        gy = wy[..., None] * (sums_y[..., -1:] * y_shifted - sums_y[..., :-1])
+        return gx, gy, (wx * sums_x[..., -1]).sum(-1)
 
     def by_product():
-        nothing = jnp.zeros(x.shape[:-2], x.dtype), jnp.zeros_like(x), jnp.zeros_like(y)
-        return *pulls(inverses(squares()[0], skip())), *nothing
+        return pulls(inverses(squares()[0], skip()))
 
     def by_pairs():
         squared, near = squares()
@@ -347,29 +337,30 @@ def _block(first, second, pull_across, sizes, sign, skip, smoothing: float):
         group, i, j = jnp.unravel_index(at, (math.prod(near.shape[:-2]), *near.shape[-2:]))
         i, j = group * near.shape[-2] + i, group * near.shape[-1] + j
         difference = _rows(x)[i] - _rows(y)[j]
-        exact = (difference * difference).sum(-1)
-        skipped = (at >= near.size) | (exact + smoothing <= 0)
+        exact = (difference * difference).sum(-1) + smoothing
+        skipped = (at >= near.size) | (exact <= 0)
         signs = jnp.broadcast_to(sign(), near.shape).ravel()[at]
-        strength = jnp.where(skipped, 0.0, signs / jnp.sqrt(jnp.where(skipped, 1.0, exact + smoothing)))
+        strength = jnp.where(skipped, 0.0, signs / jnp.sqrt(jnp.where(skipped, 1.0, exact)))
         strength = wx.ravel()[i] * wy.ravel()[j] * strength
         force = strength[:, None] * difference
-        value = jnp.zeros(x.shape[:-2], x.dtype).ravel().at[group].add(strength * (exact + smoothing))
-        force_x, force_y = (jnp.zeros_like(_rows(side)).at[k].add(f) for side, k, f in ((x, i, force), (y, j, -force)))
-        forces = value.reshape(x.shape[:-2]), force_x.reshape(x.shape), force_y.reshape(y.shape)
-        return *pulls(inverses(squared, skip() | near)), *forces
+        gx, gy, rest = pulls(inverses(squared, skip() | near))
+        return (
+            _rows(gx).at[i].add(force).reshape(gx.shape),
+            _rows(gy).at[j].add(-force).reshape(gy.shape),
+            rest.ravel().at[group].add(strength).reshape(rest.shape),
+        )
 
     def by_difference():
         exact = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1)
         strength = wx[..., :, None] * wy[..., None, :] * inverses(exact, skip() | (exact + smoothing <= 0))
-        value = (strength * (exact + smoothing)).sum((-2, -1))
 
-        def row(force_y, one):
+        def row(gy, one):
             force = one[1][..., None] * (one[0][..., None, :] - y)
-            return force_y - force, force.sum(-2)
+            return gy - force, force.sum(-2)
 
         rows = jnp.moveaxis(x, -2, 0), jnp.moveaxis(strength, -2, 0)
-        force_y, force_x = jax.lax.scan(row, jnp.zeros_like(y), rows)
-        return jnp.zeros_like(pull_x), jnp.zeros_like(pull_across), value, jnp.moveaxis(force_x, 0, -2), force_y
+        gy, gx = jax.lax.scan(row, jnp.zeros_like(y), rows)
+        return jnp.moveaxis(gx, 0, -2), gy, strength.sum((-2, -1))
 
     def by_differences():
         return jax.lax.cond(squares()[1].sum(dtype=jnp.int32) <= few, by_pairs, by_difference)
@@ -397,9 +388,9 @@ def _slice(array: jax.Array, start, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _add(total: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
-    old = _slice(total, start, part.shape[axis], axis)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=axis)
+def _add(total: jax.Array, part: jax.Array, start) -> jax.Array:
+    old = _slice(total, start, part.shape[-2], -2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-2)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
