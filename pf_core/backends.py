@@ -16,6 +16,17 @@ STAGES = {"operator": ("vae", "operator", "joint"), "flow": ("cvae", "flow")}  #
 INSTALL = {"jax": "pip install perturb-forecast", "torch": 'pip install "perturb-forecast[torch]"'}
 
 
+def stage_label(stage: str, member: int) -> str:
+    """The name under which a run keeps a stage: "operator", and "operator.2" for the second member of an ensemble."""
+    return f"{stage}.{member + 1}" if member else stage
+
+
+def stage_of(label: str) -> tuple[str, int]:
+    """Stage and member of a label."""
+    stage, _, number = label.partition(".")
+    return stage, int(number or 1) - 1
+
+
 class Backend(Protocol):
     """What pf_core asks of a twin. Parameters are canonical: dotted names, dense weights (in, out)."""
 

@@ -190,11 +190,11 @@ class ConditionSource:
         most = max(max(len(g.cells), len(g.controls)) for g in self.groups)
         self.n_cells = min(operator.cells_per_condition, most)
 
-    def carry(self, n_tissues: int) -> Arrays:
+    def carry(self, n_tissues: int, n_bases: int) -> Arrays:
         """Start of the vectors that the power iteration carries from step to step."""
         config, n_latent = self.config.operator, self.latents.shape[1]
         if config.spectral_target == "bases":
-            name, rows = "v_bases", n_tissues + config.n_bases
+            name, rows = "v_bases", n_tissues + n_bases
         else:
             name, rows = "v", 1 + int(self.slots.max())
         start = noise.normal(self.config.seed, "operator.v", 0, (rows, n_latent), self.config.dtype)

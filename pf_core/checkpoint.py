@@ -19,7 +19,7 @@ import numpy as np
 
 from pf_core.errors import RunError
 
-FORMAT = 2  # 1 had another calibration, and flow.pace as a word
+FORMAT = 3  # 1 had another calibration, and flow.pace as a word; 2 had one member and did not say so
 MANIFEST = "manifest.json"
 
 

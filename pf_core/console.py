@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from pf_core.backends import stage_of
+
 Reporter = Callable[[str, int, int, dict[str, float]], None]
 TITLES = {
     "vae": "1 latent space",
@@ -15,6 +17,12 @@ TITLES = {
     "cvae": "1 latent space and discriminator",
     "flow": "2 vector field",
 }
+
+
+def title(label: str) -> str:
+    """What a stage is called on the screen."""
+    stage, member = stage_of(label)
+    return f"{TITLES[stage]}, member {member + 1}" if member else TITLES[stage]
 
 
 @contextmanager
@@ -37,7 +45,7 @@ def reporter(console: Console | None) -> Iterator[Reporter]:
 
             def show(stage: str, step: int, most: int, values: dict[str, float]) -> None:
                 if stage not in tasks:
-                    tasks[stage] = progress.add_task(TITLES[stage], total=most, values="")
+                    tasks[stage] = progress.add_task(title(stage), total=most, values="")
                 progress.update(tasks[stage], completed=step, values=_text(values))
 
             yield show
@@ -48,7 +56,7 @@ def reporter(console: Console | None) -> Iterator[Reporter]:
             tenth = 10 * step // most
             if shown.get(stage) != tenth:
                 shown[stage] = tenth
-                console.print(f"stage {TITLES[stage]}: step {step} of {most}, {_text(values)}", highlight=False)
+                console.print(f"stage {title(stage)}: step {step} of {most}, {_text(values)}", highlight=False)
 
         yield line
 

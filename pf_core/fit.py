@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from pf_core.checkpoint import Run
 from pf_core.config import Config, Output
 from pf_core.console import Reporter, reporter
 from pf_core.data import Dataset, Group
+from pf_core.ensemble import member_seed, merged
 from pf_core.errors import ConfigError, DataError, RunError, nearest
 from pf_core.evaluation import Judged, Reference
 from pf_core.initial import Parameters, Sizes, operator_parameters, vae_parameters
@@ -299,19 +301,24 @@ def _train(
     latents = Model(config, names, params, twin, run).encode(dataset)
     groups = training_groups(dataset, split)
     held = validation_groups(dataset, split)
-    start = operator_parameters(config.operator, config.vae.n_latent, sizes, config.seed)
-    if features is not None:
-        start["conditions.features"] = features
     inputs = conditions(groups, dataset.perturbations, names, "float64")
-    start = start_operators(start, latents.astype(np.float64), groups, inputs, config.operator)
-    source = ConditionSource(latents, groups, held, dataset.perturbations, names, config)
-    carry = source.carry(sizes.n_tissues)
 
     def operator_part(name: str) -> bool:
         return not name.startswith("vae.") and name != "conditions.features"
 
-    params = stage("operator", source, {**params, **start}, trainable=operator_part, carry=carry)
+    def member(index: int) -> Parameters:
+        own = dataclasses.replace(config, seed=member_seed(config.seed, index))
+        start = operator_parameters(config.operator, config.vae.n_latent, sizes, own.seed)
+        if features is not None:
+            start["conditions.features"] = features
+        start = start_operators(start, latents.astype(np.float64), groups, inputs, config.operator)
+        source = ConditionSource(latents, groups, held, dataset.perturbations, names, own)
+        carry = source.carry(sizes.n_tissues, config.operator.n_bases)
+        return stage("operator", source, {**params, **start}, trainable=operator_part, carry=carry, member=index)
+
+    params = merged([member(index) for index in range(config.operator.members)])
     joint = JointSource(cells(config.stage_joint.batch_size), latents, groups, held, names, config)
+    carry = joint.carry(sizes.n_tissues, len(params["operators.B"]))
     return stage("joint", joint, params, trainable=lambda name: name != "conditions.features", carry=carry)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pf_core import plots
+from pf_core.backends import stage_of
 from pf_core.checkpoint import write_atomic
 from pf_core.config import Config
 from pf_core.history import Record, bad_steps, by_stage, read_history
@@ -288,14 +289,15 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
                 bound = {"level": payload.config.operator.rho_max, "level_name": "ρ max"} if name == "sigma_max" else {}
                 figures.append(plots.curve(PARTS.get(name, name), train, validation, **bound))
         figures.append(plots.curve("learning rate", _series(records, lambda record: record.lr), log=False))
-        limit = getattr(getattr(payload.config, f"stage_{stage}", None), "max_norm", None)
+        name, member = stage_of(stage)
+        limit = getattr(getattr(payload.config, f"stage_{name}", None), "max_norm", None)
         clip = {} if limit is None else {"level": limit, "level_name": "clipped above"}
         norms = plots.curve(
             "gradient norm, all parameters", _series(records, lambda record: record.grad_norm), **marks, **clip
         )
         stages.append(
             {
-                "title": STAGES.get(stage, stage),
+                "title": STAGES.get(name, name) + (f", member {member + 1}" if member else ""),
                 "steps": records[-1].step,
                 "figures": figures,
                 "events": events,

@@ -10,18 +10,20 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from pf_core.backends import STAGES, Arrays, Backend
+from pf_core.backends import STAGES, Arrays, Backend, stage_label, stage_of
 from pf_core.checkpoint import Checkpoint, Run, save_arrays, write_atomic
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, RETURN_LR_FACTOR, Config, StageConfig
 from pf_core.errors import TrainingError
 from pf_core.health import judge
 
-CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once
+CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once; as many wait for the next call
 
 
 class Source(Protocol):
@@ -85,17 +87,46 @@ def _stack(trees: list[Arrays]) -> Arrays:
     return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-def _chunk(source: Source, config: Config, stage: str, position: Position, stop: int) -> tuple[Arrays, Arrays, Arrays]:
-    """Batches, noise and hyperparameters of the steps from position.step to stop."""
+class _Ahead:
+    """A source read by one thread, which makes the batches of the next call while the backend computes."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.thread = ThreadPoolExecutor(1)
+        self.made: dict[tuple[int, int, int], Future[tuple[Arrays, Arrays]]] = {}
+
+    def begin(self, start: int, stop: int, attempt: int) -> None:
+        """Start on the batches of the steps from start to stop; others that nobody took are dropped."""
+        if (start, stop, attempt) not in self.made:
+            for future in self.made.values():
+                future.cancel()
+            self.made = {(start, stop, attempt): self.thread.submit(self._make, start, stop, attempt)}
+
+    def take(self, start: int, stop: int, attempt: int) -> tuple[Arrays, Arrays]:
+        """Batches and noise of the steps from start to stop."""
+        self.begin(start, stop, attempt)
+        return self.made.pop((start, stop, attempt)).result()
+
+    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+        return self.thread.submit(self.source.validation).result()
+
+    def _make(self, start: int, stop: int, attempt: int) -> tuple[Arrays, Arrays]:
+        pairs = [self.source.batch(step, attempt) for step in range(start, stop)]
+        return _stack([batch for batch, _ in pairs]), _stack([noise for _, noise in pairs])
+
+    def close(self) -> None:
+        """Wait for the thread; what it made is dropped."""
+        self.thread.shutdown(cancel_futures=True)
+
+
+def _hypers(config: Config, stage: str, position: Position, stop: int) -> Arrays:
+    """Hyperparameters of the steps from position.step to stop."""
     settings = stage_settings(config, stage)
     steps = range(position.step, stop)
-    pairs = [source.batch(step, position.attempt) for step in steps]
-    dtype = config.dtype
-    hypers = {
-        "lr": np.array([learning_rate(settings, s) * position.lr_scale for s in steps], dtype),
-        "beta": np.array([kl_weight(config, stage, s) for s in steps], dtype),
+    return {
+        "lr": np.array([learning_rate(settings, s) * position.lr_scale for s in steps], config.dtype),
+        "beta": np.array([kl_weight(config, stage, s) for s in steps], config.dtype),
     }
-    return _stack([batch for batch, _ in pairs]), _stack([noise for _, noise in pairs]), hypers
 
 
 def steps_per_call(source: Source, settings: StageConfig) -> int:
@@ -105,7 +136,7 @@ def steps_per_call(source: Source, settings: StageConfig) -> int:
     return max(1, min(settings.steps_per_call, CALL_BYTES // max(size, 1)))
 
 
-def validate(backend: Backend, stage: str, state: Any, source: Source, config: Config) -> dict[str, float]:
+def validate(backend: Backend, stage: str, state: Any, source: _Ahead, config: Config) -> dict[str, float]:
     """Weighted mean of loss and parts over the validation batches, at the final KL weight."""
     totals: dict[str, float] = {}
     weights = 0.0
@@ -123,6 +154,7 @@ def run_stage(
     source: Source,
     params: Mapping[str, np.ndarray],
     *,
+    member: int = 0,
     trainable: Callable[[str], bool],
     carry: Arrays,
     config: Config,
@@ -135,13 +167,19 @@ def run_stage(
     Args:
         trainable: which parameters are optimised, by name.
         last: the last checkpoint that the run had when it was opened; None for a new run.
+        member: which of several models that this stage trains one after the other.
 
     The other arguments and what is returned are those of `train_stage`.
     """
-    stages = STAGES[config.system]
-    done = last is not None and stages.index(last.stage) > stages.index(stage)
+    label = stage_label(stage, member)
+
+    def place(label: str) -> tuple[int, int]:
+        stage, member = stage_of(label)
+        return STAGES[config.system].index(stage), member
+
+    done = last is not None and place(last.stage) > place(label)
     if done or not stage_settings(config, stage).max_steps:
-        best = run.best(stage)
+        best = run.best(label)
         trained = best.group("params") if best else {}
         return {name: np.asarray(value, config.dtype) for name, value in {**params, **trained}.items()}
     return train_stage(
@@ -149,11 +187,12 @@ def run_stage(
         stage,
         source,
         params,
+        label=label,
         trainable=tuple(sorted(filter(trainable, params))),
         carry=carry,
         config=config,
         run=run,
-        resume=last if last is not None and last.stage == stage else None,
+        resume=last if last is not None and last.stage == label else None,
         history_length=run.history_length(),
         progress=progress,
     )
@@ -165,6 +204,7 @@ def train_stage(
     source: Source,
     params: Mapping[str, np.ndarray],
     *,
+    label: str,
     trainable: tuple[str, ...],
     carry: Arrays,
     config: Config,
@@ -180,6 +220,7 @@ def train_stage(
         stage: a name of `STAGES`.
         source: the stage's batches.
         params: canonical parameters, trainable and frozen.
+        label: the name of this training in checkpoints and history (`stage_label`).
         trainable: names that are optimised.
         carry: state beside the parameters that steps carry along (vectors of the power iteration).
         config: the run's configuration.
@@ -210,7 +251,7 @@ def train_stage(
 
     def save(state: Any, position: Position, *, best: bool = False) -> None:
         exported = backend.export(state)
-        checkpoint = Checkpoint.from_export(stage, position.step, exported, dataclasses.asdict(position))
+        checkpoint = Checkpoint.from_export(label, position.step, exported, dataclasses.asdict(position))
         run.save_checkpoint(checkpoint, best=best)
 
     if resume is None:
@@ -224,47 +265,51 @@ def train_stage(
     names = sorted(trainable)
     batch, noise = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
     unreached = backend.unreached(stage, params, trainable, batch, noise, carry, config)
-    while not position.done and position.step < settings.max_steps:
-        stop = next_stop(settings, position.step, per_call)
-        batches, noises, hypers = _chunk(source, config, stage, position, stop)
-        state, metrics = backend.run(stage, state, batches, noises, hypers, config)
-        crash_step = _count_bad_steps(position, metrics["ok"])
-        if crash_step is not None:
-            good = run.last()
-            assert good is not None, "a stage begins with a checkpoint"
-            if position.attempt == MAX_RETURNS:
-                _crash(backend, stage, source, good, restore, per_call, crash_step, config, run, params, trainable)
-            bad_steps, attempt = position.bad_steps, position.attempt + 1
-            scale = position.lr_scale * RETURN_LR_FACTOR
-            state, position = restore(good)
-            position.attempt, position.lr_scale = attempt, scale
-            position.bad_steps, position.bad_in_row = bad_steps, 0
-            event = (
-                f"returned to step {good.step} after {BAD_STEPS_IN_A_ROW} non-finite steps, the first at step"
-                f" {crash_step}; learning rate x {scale:g}"
-            )
-            run.log(f"{stage}: {event}")
-            record = {"stage": stage, "step": position.step, "event": event, "bad_steps": bad_steps}
+    with closing(_Ahead(source)) as ahead:
+        while not position.done and position.step < settings.max_steps:
+            stop = next_stop(settings, position.step, per_call)
+            batches, noises = ahead.take(position.step, stop, position.attempt)
+            if stop < settings.max_steps:
+                ahead.begin(stop, next_stop(settings, stop, per_call), position.attempt)
+            hypers = _hypers(config, stage, position, stop)
+            state, metrics = backend.run(stage, state, batches, noises, hypers, config)
+            crash_step = _count_bad_steps(position, metrics["ok"])
+            if crash_step is not None:
+                good = run.last()
+                assert good is not None, "a stage begins with a checkpoint"
+                if position.attempt == MAX_RETURNS:
+                    _crash(backend, stage, ahead, good, restore, per_call, crash_step, config, run, params, trainable)
+                bad_steps, attempt = position.bad_steps, position.attempt + 1
+                scale = position.lr_scale * RETURN_LR_FACTOR
+                state, position = restore(good)
+                position.attempt, position.lr_scale = attempt, scale
+                position.bad_steps, position.bad_in_row = bad_steps, 0
+                event = (
+                    f"returned to step {good.step} after {BAD_STEPS_IN_A_ROW} non-finite steps, the first at step"
+                    f" {crash_step}; learning rate x {scale:g}"
+                )
+                run.log(f"{label}: {event}")
+                record = {"stage": label, "step": position.step, "event": event, "bad_steps": bad_steps}
+                position.history_length = run.append_history(record)
+                save(state, position)
+                continue
+            position.step = stop
+            values = _mean_metrics(metrics, hypers, names)
+            record = {"stage": label, "step": stop, **values, "bad_steps": position.bad_steps}
+            # In the middle of a row of bad steps nothing is saved: a return must lead back to before the first of them.
+            healthy, is_best = position.bad_in_row == 0, False
+            if stop % settings.evaluate_every == 0 or stop == settings.max_steps:
+                record["validation"] = validate(backend, stage, state, ahead, config)
+                record["health"] = _health(metrics["param_grad_norm"][-1], backend.export(state)["params"], unreached)
+                if healthy:
+                    is_best = _judge(position, record["validation"], values["loss"], settings, stop)
             position.history_length = run.append_history(record)
-            save(state, position)
-            continue
-        position.step = stop
-        values = _mean_metrics(metrics, hypers, names)
-        record = {"stage": stage, "step": stop, **values, "bad_steps": position.bad_steps}
-        # In the middle of a row of bad steps nothing is saved: a return must lead back to before the first of them.
-        healthy, is_best = position.bad_in_row == 0, False
-        if stop % settings.evaluate_every == 0 or stop == settings.max_steps:
-            record["validation"] = validate(backend, stage, state, source, config)
-            record["health"] = _health(metrics["param_grad_norm"][-1], backend.export(state)["params"], unreached)
-            if healthy:
-                is_best = _judge(position, record["validation"], values["loss"], settings, stop)
-        position.history_length = run.append_history(record)
-        if stop == settings.max_steps:
-            position.done = True
-        if is_best or position.done or (healthy and stop % settings.checkpoint_every == 0):
-            save(state, position, best=is_best)
-        progress(stage, stop, settings.max_steps, _shown(record))
-    best = run.best(stage)
+            if stop == settings.max_steps:
+                position.done = True
+            if is_best or position.done or (healthy and stop % settings.checkpoint_every == 0):
+                save(state, position, best=is_best)
+            progress(label, stop, settings.max_steps, _shown(record))
+    best = run.best(label)
     assert best is not None, "a stage begins with a checkpoint"
     return {**params, **best.group("params")}
 
@@ -326,7 +371,7 @@ def _health(norms: np.ndarray, params: Mapping[str, np.ndarray], unreached: set[
 def _crash(
     backend: Backend,
     stage: str,
-    source: Source,
+    ahead: _Ahead,
     good: Checkpoint,
     restore: Callable[[Checkpoint], tuple[Any, Position]],
     per_call: int,
@@ -341,11 +386,13 @@ def _crash(
     settings = stage_settings(config, stage)
     while position.step < crash_step:
         stop = min(next_stop(settings, position.step, per_call), crash_step)
-        state, _ = backend.run(stage, state, *_chunk(source, config, stage, position, stop), config)
+        made = ahead.take(position.step, stop, position.attempt)
+        state, _ = backend.run(stage, state, *made, _hypers(config, stage, position, stop), config)
         position.step = stop
     exported = backend.export(state)
     everything = {**params, **exported["params"]}
-    batch, noise = source.batch(crash_step, position.attempt)
+    made = ahead.take(crash_step, crash_step + 1, position.attempt)
+    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in made)
     hyper = {
         "lr": learning_rate(settings, crash_step) * position.lr_scale,
         "beta": kl_weight(config, stage, crash_step),
