@@ -118,7 +118,7 @@ class OperatorConfig:
     n_theta: int = 32
     n_bases: int = 8
     n_hidden: int = 32
-    members: int = 5  # models trained on the same latents from different seeds; the operators are their mean
+    ensemble: int = 5  # trainings on the same latents from different seeds; the operators are their mean
     start: Literal["identity", "shift", "least_squares"] = "shift"
     calibrate: bool = True  # add what the decoder does not show of known changes (calibration.py)
     shrinkage: float = 0.1  # lambda_A of lambda_A mean |A - I|_F^2
@@ -135,7 +135,7 @@ class OperatorConfig:
 
     def __post_init__(self) -> None:
         _bounds("operator", self, 1, "n_embedding", "n_tissue_embedding", "n_theta", "n_bases", "n_hidden")
-        _bounds("operator", self, 1, "members", "power_iterations", "conditions_per_step", "cells_per_condition")
+        _bounds("operator", self, 1, "ensemble", "power_iterations", "conditions_per_step", "cells_per_condition")
         _bounds("operator", self, 0, "shrinkage", "spectral_weight", "rho_max", "gene_weight", "elbo_weight")
 
 

@@ -316,7 +316,7 @@ def _train(
         carry = source.carry(sizes.n_tissues, config.operator.n_bases)
         return stage("operator", source, {**params, **start}, trainable=operator_part, carry=carry, member=index)
 
-    params = merged([member(index) for index in range(config.operator.members)])
+    params = merged([member(index) for index in range(config.operator.ensemble)])
     joint = JointSource(cells(config.stage_joint.batch_size), latents, groups, held, names, config)
     carry = joint.carry(sizes.n_tissues, len(params["operators.B"]))
     return stage("joint", joint, params, trainable=lambda name: name != "conditions.features", carry=carry)

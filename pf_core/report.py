@@ -267,6 +267,7 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
     for stage, records in by_stage(payload.history).items():
         if not records:
             continue
+        base, member = stage_of(stage)  # further members of an ensemble: whether they went well, not in every detail
         events = [(record.step, record.event) for record in payload.history if record.stage == stage and record.event]
         marks: dict[str, Any] = {
             "events": [step for step, _ in events],
@@ -282,27 +283,27 @@ def _stages(payload: Report) -> list[dict[str, Any]]:
                 **marks,
             )
         ]
-        for name in dict.fromkeys(parts + extra):
+        for name in () if member else dict.fromkeys(parts + extra):
             if name != "loss":
                 train = _series(records, lambda record, name=name: record.parts.get(name))
                 validation = _series(records, lambda record, name=name: record.validation.get(name))
                 bound = {"level": payload.config.operator.rho_max, "level_name": "ρ max"} if name == "sigma_max" else {}
                 figures.append(plots.curve(PARTS.get(name, name), train, validation, **bound))
-        figures.append(plots.curve("learning rate", _series(records, lambda record: record.lr), log=False))
-        name, member = stage_of(stage)
-        limit = getattr(getattr(payload.config, f"stage_{name}", None), "max_norm", None)
+        if not member:
+            figures.append(plots.curve("learning rate", _series(records, lambda record: record.lr), log=False))
+        limit = getattr(getattr(payload.config, f"stage_{base}", None), "max_norm", None)
         clip = {} if limit is None else {"level": limit, "level_name": "clipped above"}
         norms = plots.curve(
             "gradient norm, all parameters", _series(records, lambda record: record.grad_norm), **marks, **clip
         )
         stages.append(
             {
-                "title": STAGES.get(name, name) + (f", member {member + 1}" if member else ""),
+                "title": STAGES.get(base, base) + (f", member {member + 1}" if member else ""),
                 "steps": records[-1].step,
                 "figures": figures,
                 "events": events,
                 "refused": sum(count for _, count in refused.get(stage, [])),
-                "gradients": [norms, *_gradient_map(records)],
+                "gradients": [norms, *(() if member else _gradient_map(records))],
                 "health": _health(records),
             }
         )

@@ -46,6 +46,7 @@ __all__ = [
 PER_CONTEXT = 100  # control cells of a tissue and cell type
 WEAK = 1e-6  # rms displacement, relative to the strongest condition, below which a direction means nothing
 CLUSTER_AT = 0.5  # cosine at which the dendrogram is cut
+MAX_BASES = 16  # of each kind whose genes are shown
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
         n_principal: principal directions; as many as the conditions and latents allow.
 
     Returns:
-        Principal axes first, then shift and linear ones; each kind by strength.
+        Principal axes first, then the MAX_BASES largest shift and linear ones; each kind by strength.
     """
     tissues, codes = controls.tissues, model.vocabulary.codes("tissues", controls.tissue)
     found = tissue_operators(model, [CONTROL, *labels], tissues)
@@ -198,8 +199,8 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
     signs = np.sign(left[np.abs(left).argmax(0), np.arange(len(size))])
     left, right = left * signs, right * signs[:, None]
     fields = [("principal", k, np.tile(right[k], (n, 1)), left[:, k] * size[k]) for k in kept]
-    fields += [("shift", k, np.tile(u[k], (n, 1)), beta[:, k]) for k in range(len(u))]
-    fields += [("linear", k, z @ B[k].T, alpha[:, k]) for k in range(len(B))]
+    fields += [("shift", k, np.tile(u[k], (n, 1)), beta[:, k]) for k in _strongest(u, beta)]
+    fields += [("linear", k, z @ B[k].T, alpha[:, k]) for k in _strongest(B, alpha)]
     out = []
     for kind, k, direction, coefficients in fields:
         rms = float(np.sqrt((coefficients**2).mean()))
@@ -209,6 +210,12 @@ def axes(model: Model, labels: Sequence[str], controls: Controls, *, n_principal
         out.append(Axis(kind, k + 1, effect, slopes.std(0), coefficients, strength))
     order = {"principal": 0, "shift": 1, "linear": 2}
     return sorted(out, key=lambda axis: (order[axis.kind], -axis.strength))
+
+
+def _strongest(bases: np.ndarray, coefficients: np.ndarray) -> list[int]:
+    """The MAX_BASES bases that the conditions use most, by norm times coefficients; an ensemble has many."""
+    size = np.linalg.norm(bases.reshape(len(bases), -1), axis=1) * np.linalg.norm(coefficients, axis=0)
+    return sorted(np.argsort(-size, kind="stable")[:MAX_BASES].tolist())
 
 
 # --- similar conditions -------------------------------------------------------------------------------------------

@@ -313,6 +313,7 @@ class Backend:
         self.dtype, self.device = dtype, device
         self._place = _device(device)
         self._cached: tuple[tuple[int, ...], Any, dict[str, jax.Array]] | None = None
+        self._unreached: dict[Any, set[str]] = {}
 
     def describe(self) -> dict[str, str]:
         """Versions, device, dtype and matmul precision.
@@ -772,7 +773,11 @@ class Backend:
         """
         hyper = {"beta": config.vae.beta}
         state, loss = self._loss(stage, params, trainable, batch, noise, hyper, carry, config)
-        return _without_path(jax.jit(jax.value_and_grad(loss)).trace(state.params), state.params)
+        shapes = jax.tree.map(jnp.shape, (state, batch, noise))
+        key = stage, config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes))
+        if key not in self._unreached:  # tracing takes a second, and members of an ensemble ask for the same
+            self._unreached[key] = _without_path(jax.jit(jax.value_and_grad(loss)).trace(state.params), state.params)
+        return self._unreached[key]
 
     def diagnose(
         self,

@@ -15,6 +15,7 @@ SETTINGS = [
     "data.genes=0",
     "vae.n_hidden=16",
     "vae.n_latent=5",
+    "operator.ensemble=2",
     "operator.conditions_per_step=6",
     "operator.cells_per_condition=13",
     "stage_vae.max_steps=4000",
