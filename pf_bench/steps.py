@@ -13,6 +13,7 @@ import pf_jax.steps
 import pf_torch.steps
 from pf_bench import peers, plain
 from pf_bench.case import Absent, Case, Context, Side, Target
+from pf_bench.distances import jax_gemm as energy_gemm
 from pf_bench.frameworks import jax_put, torch_put
 from pf_bench.problems import (
     SEED,
@@ -256,7 +257,9 @@ def operator(context: Context, n_conditions: int, n_cells: int, d: int, series: 
             weights, data, carry = torch_put((params, problem[0], problem[2]), device)
             return plain.torch_operator_step(weights, data, carry, config)
 
-        return sides | {"plain torch": plain_steps(make, device)}
+        sides["plain torch"] = plain_steps(make, device)
+        sides["jax GEMM"] = energy_gemm(problem[0]["x"], problem[0]["y"], device, calls=STEPS)
+        return sides
 
     wanted = device == "cpu" and (n_conditions, n_cells, d) == (32, 128, 32)
     targets = (Target("faster", 8.0, "plain torch"),) if wanted else ()

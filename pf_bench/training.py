@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,13 @@ METRICS = ("energy_pca_u", "pearson_delta", "r2")
 MODEL = "operator model"
 # Rounding grows over a whole training, so that two runs end near each other and not at the same place.
 TOLERANCE = 0.1
+NO_STEPS = ("stage_vae.max_steps=0", "stage_operator.max_steps=0")
+FEW_STEPS = ("stage_vae.max_steps=25", "stage_operator.max_steps=25")  # one call: every program there is
+CACHE = "JAX_COMPILATION_CACHE"
+KEEP_ALL = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
 QUICK = ("vae.n_hidden=9", "vae.n_latent=4", "stage_vae.max_steps=8", "stage_operator.max_steps=8", "data.genes=0")
 
 
@@ -32,8 +40,13 @@ def cases(context: Context) -> list[Case]:
     return [whole(context)]
 
 
-def train(data: str, options: list[str]) -> dict[str, np.ndarray]:
+def train(data: str, options: list[str], programs: str | None = None) -> dict[str, np.ndarray]:
     """Train, and return the model's mean metrics over the held-out conditions.
+
+    Args:
+        data: the h5ad file.
+        options: of `pf train`.
+        programs: folder where JAX keeps compiled programs; None compiles all of them anew.
 
     Raises:
         RuntimeError: the training ended with an error; the message holds its last line.
@@ -52,7 +65,10 @@ def train(data: str, options: list[str]) -> dict[str, np.ndarray]:
             "0.2",
             *options,
         ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(CACHE)}
+        if programs is not None:
+            environment |= {f"{CACHE}_DIR": programs, **KEEP_ALL}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             raise RuntimeError(
                 f"pf train ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['?'])[-1]}"
@@ -63,24 +79,40 @@ def train(data: str, options: list[str]) -> dict[str, np.ndarray]:
 
 def whole(context: Context) -> Case:
     """Reading, three stages, judging and the report."""
-    settings = [part for setting in (QUICK if context.quick else ()) for part in ("--set", setting)]
+    programs = tempfile.TemporaryDirectory(prefix="pf-bench-programs-")
 
-    def side(*options: str) -> Side:
-        arguments = [*options, "--device", context.device, *settings]
+    def options(*more: str) -> list[str]:
+        settings = [*(QUICK if context.quick else ()), *more]
+        return ["--device", context.device, *(part for setting in settings for part in ("--set", setting))]
+
+    def side(*own: str, folder: str | None = None, note: str = "") -> Side:
+        arguments = [*own, *options()]
         last: list[dict[str, np.ndarray]] = []
 
         def call() -> None:
-            last[:] = [train(context.data, arguments)]
+            last[:] = [train(context.data, arguments, folder)]
 
         def output() -> dict[str, np.ndarray]:
             if not last:
                 call()
             return last[0]
 
-        return Side(call, output, note="one process, from its start to its end, compilation included")
+        return Side(call, output, note=note or "one process, from its start to its end, compilation included")
 
     def build() -> dict[str, Side | Absent]:
-        return {"jax": side("--backend", "jax"), "torch": side("--backend", "torch")}
+        train(context.data, options(*FEW_STEPS), programs.name)
+        return {
+            "jax": side("--backend", "jax"),
+            "torch": side("--backend", "torch"),
+            "jax, compiled before": side(
+                "--backend", "jax", folder=programs.name, note="programs of an earlier training are found on disk"
+            ),
+            "no steps": Side(
+                lambda: train(context.data, options(*NO_STEPS)),
+                None,
+                note="pf train without a single step: reading, choosing genes, judging, the report",
+            ),
+        }
 
     targets = () if context.quick or context.device != "cpu" else (Target("faster", 2.5, "torch"),)
     return Case(f"pf train, {Path(context.data).stem}", {}, build, TOLERANCE, targets, heavy=True)
