@@ -106,7 +106,7 @@ def start_operators(
         x, y = latents[group.controls], latents[group.cells]
         matrix = np.eye(n_latent)
         if config.start == "least_squares" and group.label != CONTROL:
-            matrix = _gaussian_map(_covariance(x, pooled), _covariance(y, pooled))
+            matrix = gaussian_map(covariance(x, pooled), covariance(y, pooled))
         maps.append((matrix - np.eye(n_latent)).ravel())
         shifts.append(y.mean(0) - matrix @ x.mean(0) if group.label != CONTROL else np.zeros(n_latent))
     weights = np.sqrt([float(len(group.cells)) for group in groups])
@@ -134,14 +134,14 @@ def _theta(params: Parameters, inputs: Arrays) -> np.ndarray:
     return joined @ params["conditions.theta.weight"] + params["conditions.theta.bias"]
 
 
-def _covariance(z: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+def covariance(z: np.ndarray, pooled: np.ndarray) -> np.ndarray:
     """A condition's covariance, shrunk towards the pooled one, more so where cells are few."""
     n, d = z.shape
     share = max(SHRINKAGE, d / (d + n))
     return (1.0 - share) * (np.cov(z.T) if n > 1 else pooled) + share * pooled
 
 
-def _gaussian_map(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+def gaussian_map(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     """The optimal-transport map between centred Gaussians, symmetric positive definite."""
 
     def root(matrix: np.ndarray, power: float) -> np.ndarray:
