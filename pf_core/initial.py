@@ -2,7 +2,7 @@
 
 Parameters have one canonical form: dotted names, dense weights (in, out). The names are the attribute paths of the
 modules in both twins. Dense layers start at U(-1/sqrt(fan_in), 1/sqrt(fan_in)), weights and biases alike; the hidden
-biases of alpha and beta lie 1 higher.
+biases of alpha and beta lie HIDDEN_START higher.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pf_core.config import AdversaryConfig, FlowConfig, OperatorConfig, VAEConfi
 from pf_core.noise import generator
 
 Parameters = dict[str, np.ndarray]
+HIDDEN_START = 3.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ def operator_parameters(config: OperatorConfig, n_latent: int, sizes: Sizes, see
         params[f"operators.{name}"] = 0.01 * generator(seed, f"operators.{name}").standard_normal(shape)
     for name in ("alpha", "beta"):
         _dense(params, seed, f"operators.{name}.hidden", config.n_theta, config.n_hidden)
-        # Most units start active, so the profile starts near linear in theta: members add until data say otherwise.
-        params[f"operators.{name}.hidden.bias"] += 1.0
+        # Nearly all units start active, so the profile starts linear in theta: members add until data say otherwise.
+        params[f"operators.{name}.hidden.bias"] += HIDDEN_START
         _dense(params, seed, f"operators.{name}.out", config.n_hidden, config.n_bases)
     return params
 
