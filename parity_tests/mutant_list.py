@@ -319,13 +319,13 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "distances",
         "gradient of the other cell of a pair forgotten",
-        "_add(gradient, count * gy, column * tile)",
-        "gradient",
+        "_add(across, count * there, column * tile, -1)",
+        "across",
     ),
     ("distances", "near pairs counted twice", "inverses(squared, skip() | near)", "inverses(squared, skip())"),
-    ("distances", "near pairs pull one cell only", "at[j].add(-force)", "at[j].add(0.0 * force)"),
-    ("distances", "smoothing forgotten in Euler's sum", "+ smoothing * rest", "+ 0.0 * rest"),
-    ("distances", "near pairs forgotten in the rest", "at[group].add(strength)", "at[group].add(0.0 * strength)"),
+    ("distances", "near pairs pull one cell only", "(of_x[:, None] * force)", "(0.0 * of_x[:, None] * force)"),
+    ("distances", "smoothing forgotten in Euler's sum", "value = value + smoothing", "value = value + 0.0"),
+    ("distances", "near pairs forgotten in Euler's sum", ".sum(-1) + near)", ".sum(-1) + 0.0 * near)"),
     (
         "distances",
         "weights carry gradient",

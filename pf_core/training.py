@@ -87,7 +87,7 @@ def _stack(trees: list[Arrays]) -> Arrays:
     return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
 
 
-class _Ahead:
+class Ahead:
     """A source read by one thread, which makes the batches of the next call while the backend computes."""
 
     def __init__(self, source: Source) -> None:
@@ -136,7 +136,7 @@ def steps_per_call(source: Source, settings: StageConfig) -> int:
     return max(1, min(settings.steps_per_call, CALL_BYTES // max(size, 1)))
 
 
-def validate(backend: Backend, stage: str, state: Any, source: _Ahead, config: Config) -> dict[str, float]:
+def validate(backend: Backend, stage: str, state: Any, source: Ahead, config: Config) -> dict[str, float]:
     """Weighted mean of loss and parts over the validation batches, at the final KL weight."""
     totals: dict[str, float] = {}
     weights = 0.0
@@ -265,7 +265,7 @@ def train_stage(
     names = sorted(trainable)
     batch, noise = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
     unreached = backend.unreached(stage, params, trainable, batch, noise, carry, config)
-    with closing(_Ahead(source)) as ahead:
+    with closing(Ahead(source)) as ahead:
         while not position.done and position.step < settings.max_steps:
             stop = next_stop(settings, position.step, per_call)
             batches, noises = ahead.take(position.step, stop, position.attempt)
@@ -371,7 +371,7 @@ def _health(norms: np.ndarray, params: Mapping[str, np.ndarray], unreached: set[
 def _crash(
     backend: Backend,
     stage: str,
-    ahead: _Ahead,
+    ahead: Ahead,
     good: Checkpoint,
     restore: Callable[[Checkpoint], tuple[Any, Position]],
     per_call: int,

@@ -260,15 +260,21 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     tile = -(-n // n_tiles)  # equal tiles, least padding
     first = jnp.arange(n_tiles * tile) < n_first
     cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
+    shifted = cells - centre
+    sizes = _sizes(shifted, weight)
+    # w [z, 1] of every cell, made once, with cells along the last axis: the way in which both products read it.
+    pulls = jnp.swapaxes(
+        weight[..., None] * jnp.concatenate([shifted, jnp.ones_like(shifted[..., :1])], axis=-1), -1, -2
+    )
 
     def block(row, column):
         i, j = row * tile, column * tile
         same = lambda: _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
+        sides = [
+            (_slice(cells, at, tile, -2), _slice(pulls, at, tile, -1), _slice(sizes, at, tile, -1)) for at in (i, j)
+        ]
         return _block(
-            _slice(cells, i, tile, -2),
-            _slice(cells, j, tile, -2),
-            _slice(weight, i, tile, -1),
-            _slice(weight, j, tile, -1),
+            *sides,
             centre,
             lambda: jnp.where(same(), -1.0, cross[..., None, None]),
             lambda: (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
@@ -277,40 +283,54 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
 
     @jax.checkpoint
     def step(totals, pair):
-        gradient, rest = totals
+        sums, across, near = totals
         row, column = pair
         count = jnp.where(row == column, 1.0, 2.0).astype(cells.dtype)  # a tile above the diagonal stands for two
-        gx, gy, part = block(row, column)
-        gradient = _add(gradient, count * gx, row * tile)
-        return (_add(gradient, count * gy, column * tile), rest + count * part), None
+        here, there, part = block(row, column)
+        sums = _add(sums, count * here, row * tile, -2)
+        return (sums, _add(across, count * there, column * tile, -1), near + count * part), None
 
     if n_tiles == 1:
-        gradient, _, rest = block(0, 0)
-        gradient = 2.0 * gradient
+        sums, _, near = block(0, 0)
+        sums = 2.0 * sums
     else:
         rows, columns = np.triu_indices(n_tiles)
-        start = jnp.zeros_like(cells), jnp.zeros(cells.shape[:-2], cells.dtype)
-        (gradient, rest), _ = jax.lax.scan(step, start, (rows.astype(np.int32), columns.astype(np.int32)))
-    # The smoothed distance is p (d^2 + c): Euler's sum has the part with d^2.
-    return (gradient * (cells - centre)).sum((-2, -1)) + smoothing * rest, gradient[..., :n, :]
+        start = jnp.zeros_like(jnp.swapaxes(pulls, -1, -2)), jnp.zeros_like(pulls), jnp.zeros_like(weight[..., 0])
+        pairs = rows.astype(np.int32), columns.astype(np.int32)
+        (sums, across, near), _ = jax.lax.scan(step, start, pairs)
+        sums = sums + jnp.swapaxes(across, -1, -2)
+    gradient = weight[..., None] * (sums[..., -1:] * shifted - sums[..., :-1])
+    value = (gradient * shifted).sum((-2, -1))
+    if smoothing:  # the smoothed distance is p (d^2 + c): Euler's sum has the part with d^2
+        value = value + smoothing * (0.5 * (weight * sums[..., -1]).sum(-1) + near)
+    return value, gradient[..., :n, :]
 
 
-def _block(x, y, wx, wy, centre, sign, skip, smoothing: float):
-    """On one tile: sum_j wx_i wy_j p_ij (x_i - y_j), the same for y, and sum_ij wx_i wy_j p_ij.
+def _block(first, second, centre, sign, skip, smoothing: float):
+    """On one tile: the sums s = sum_j p_ij wy_j [y_j, 1] of every x, the same of every y, and what these leave out.
 
-    A product of matrices gives squared distances fast, but loses pairs that are close compared with their distance
-    from the centre. These (coincident cells above all) are taken by differences: where they are few they alone, else
-    the whole tile. sign() and skip() make arrays of pairs.
+    The pull on x is then wx (s_last x - s_others). A product of matrices gives squared distances fast, but loses pairs
+    that are close compared with their distance from the centre. These (coincident cells above all) are taken by
+    differences: where they are few they alone, else the whole tile. Of such a pair p wy (x - y) is taken off s_others,
+    nothing is added to s_last, and wx wy p is returned in a sum of its own.
+
+    Args:
+        first: cells x (..., n, n_latent), their w [z, 1] as (..., n_latent + 1, n), and their squared distances from
+            the centre (..., n).
+        second: the same of y.
+        centre: (..., 1, n_latent).
+        sign, skip: functions that make arrays of pairs: s_ij, and which pairs do not count.
+        smoothing: c of sqrt(d^2 + c).
     """
-    x_shifted, y_shifted = x - centre, y - centre
-    sizes = _sizes(x_shifted, wx), _sizes(y_shifted, wy)
+    (x, pull_x, size_x), (y, pull_y, size_y) = first, second
+    wx, wy = pull_x[..., -1, :], pull_y[..., -1, :]
     # The one array of pairs that is kept; what else is needed of pairs is made where it is used, in the same pass.
-    products = matmul(x_shifted, jnp.swapaxes(y_shifted, -1, -2))
+    products = matmul(x - centre, jnp.swapaxes(y - centre, -1, -2))
     few = max(1, min(products.size // _PAIRS, _NUMBERS // x.shape[-1]))
 
     def squares():
         """Squared distances, and which pairs are near."""
-        scale = sizes[0][..., :, None] + sizes[1][..., None, :]
+        scale = size_x[..., :, None] + size_y[..., None, :]
         squared = scale - 2.0 * products
         return squared, (squared <= _NEAR * scale) & ~skip()
 
@@ -318,49 +338,47 @@ def _block(x, y, wx, wy, centre, sign, skip, smoothing: float):
         """p, 0 for the pairs that are skipped."""
         return jnp.where(skipped, 0.0, sign() / jnp.sqrt(jnp.where(skipped, 1.0, squared + smoothing)))
 
-    def pulls(p):
-        one = lambda cells, w: w[..., None] * jnp.concatenate([cells, jnp.ones_like(cells[..., :1])], axis=-1)
-        sums_x = matmul(p, one(y_shifted, wy))
+    def sums(p):
         # Written so that p is read as it lies: transposing a tile costs more than the product.
-        sums_y = jnp.swapaxes(matmul(jnp.swapaxes(one(x_shifted, wx), -1, -2), p), -1, -2)
-        gx = wx[..., None] * (sums_x[..., -1:] * x_shifted - sums_x[..., :-1])
-        gy = wy[..., None] * (sums_y[..., -1:] * y_shifted - sums_y[..., :-1])
-        return gx, gy, (wx * sums_x[..., -1]).sum(-1)
+        return matmul(p, jnp.swapaxes(pull_y, -1, -2)), matmul(pull_x, p)
 
     def by_product():
-        return pulls(inverses(squares()[0], skip()))
+        return *sums(inverses(squares()[0], skip())), jnp.zeros_like(wx[..., 0])
 
     def by_pairs():
         squared, near = squares()
         # The flat places of the near pairs; where there are fewer, one beyond the end, which is read as the last.
         at = jnp.searchsorted(jnp.cumsum(near.ravel(), dtype=jnp.int32), jnp.arange(1, few + 1))
         group, i, j = jnp.unravel_index(at, (math.prod(near.shape[:-2]), *near.shape[-2:]))
-        i, j = group * near.shape[-2] + i, group * near.shape[-1] + j
-        difference = _rows(x)[i] - _rows(y)[j]
+        difference = _rows(x)[group * near.shape[-2] + i] - _rows(y)[group * near.shape[-1] + j]
         exact = (difference * difference).sum(-1) + smoothing
         skipped = (at >= near.size) | (exact <= 0)
         signs = jnp.broadcast_to(sign(), near.shape).ravel()[at]
-        strength = jnp.where(skipped, 0.0, signs / jnp.sqrt(jnp.where(skipped, 1.0, exact)))
-        strength = wx.ravel()[i] * wy.ravel()[j] * strength
-        force = strength[:, None] * difference
-        gx, gy, rest = pulls(inverses(squared, skip() | near))
-        return (
-            _rows(gx).at[i].add(force).reshape(gx.shape),
-            _rows(gy).at[j].add(-force).reshape(gy.shape),
-            rest.ravel().at[group].add(strength).reshape(rest.shape),
-        )
+        p = jnp.where(skipped, 0.0, signs / jnp.sqrt(jnp.where(skipped, 1.0, exact)))
+        of_x, of_y = _groups(wx)[group, i] * p, _groups(wy)[group, j] * p
+        here, there = sums(inverses(squared, skip() | near))
+        none = jnp.zeros_like(p)[:, None]
+        force = jnp.concatenate([difference, none], axis=-1)
+        near_x = jnp.zeros_like(here).reshape(-1, *here.shape[-2:]).at[group, i].add(-of_y[:, None] * force)
+        near_y = jnp.zeros_like(there).reshape(-1, *there.shape[-2:]).at[group, :, j].add(of_x[:, None] * force)
+        part = jnp.zeros_like(wx[..., 0]).ravel().at[group].add(of_x * _groups(wy)[group, j])
+        return here + near_x.reshape(here.shape), there + near_y.reshape(there.shape), part.reshape(wx.shape[:-1])
 
     def by_difference():
         exact = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1)
-        strength = wx[..., :, None] * wy[..., None, :] * inverses(exact, skip() | (exact + smoothing <= 0))
+        p = inverses(exact, skip() | (exact + smoothing <= 0))
 
-        def row(gy, one):
-            force = one[1][..., None] * (one[0][..., None, :] - y)
-            return gy - force, force.sum(-2)
+        def row(there, one):
+            x, w, p = one
+            difference = x[..., None, :] - y
+            there = there + (w[..., None] * p)[..., None] * difference
+            return there, -((wy * p)[..., None] * difference).sum(-2)
 
-        rows = jnp.moveaxis(x, -2, 0), jnp.moveaxis(strength, -2, 0)
-        gy, gx = jax.lax.scan(row, jnp.zeros_like(y), rows)
-        return jnp.moveaxis(gx, 0, -2), gy, strength.sum((-2, -1))
+        rows = jnp.moveaxis(x, -2, 0), jnp.moveaxis(wx, -1, 0), jnp.moveaxis(p, -2, 0)
+        there, here = jax.lax.scan(row, jnp.zeros_like(y), rows)
+        widen = lambda sums: jnp.pad(sums, [(0, 0)] * (sums.ndim - 1) + [(0, 1)])
+        part = (wx * (p * wy[..., None, :]).sum(-1)).sum(-1)
+        return widen(jnp.moveaxis(here, 0, -2)), jnp.swapaxes(widen(there), -1, -2), part
 
     def by_differences():
         return jax.lax.cond(squares()[1].sum(dtype=jnp.int32) <= few, by_pairs, by_difference)
@@ -371,6 +389,11 @@ def _block(x, y, wx, wy, centre, sign, skip, smoothing: float):
 def _rows(cells):
     """All cells of all groups as rows."""
     return cells.reshape(-1, cells.shape[-1])
+
+
+def _groups(weight):
+    """Weights of all groups, (n_groups, n)."""
+    return weight.reshape(-1, weight.shape[-1])
 
 
 def _sizes(cells, weight):
@@ -388,9 +411,9 @@ def _slice(array: jax.Array, start, size: int, axis: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def _add(total: jax.Array, part: jax.Array, start) -> jax.Array:
-    old = _slice(total, start, part.shape[-2], -2)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=-2)
+def _add(total: jax.Array, part: jax.Array, start, axis: int) -> jax.Array:
+    old = _slice(total, start, part.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=axis)
 
 
 # --- checks ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import threading
+import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -12,11 +15,11 @@ from pf_core import backends, fit
 from pf_core.batches import CellSource
 from pf_core.checkpoint import Run, RunError
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, Config, DataConfig, OperatorConfig, StageConfig, VAEConfig
-from pf_core.errors import TrainingError
+from pf_core.errors import DataError, TrainingError
 from pf_core.model import Model
 from pf_core.replay import replay
 from pf_core.simulate import simulate
-from pf_core.training import kl_weight, learning_rate, next_stop
+from pf_core.training import Ahead, kl_weight, learning_rate, next_stop
 
 TWINS = ("jax", "torch")
 
@@ -260,3 +263,58 @@ def test_calls_of_a_backend_end_at_evaluations_and_checkpoints():
     assert stops == [8, 15, 16, 20, 24, 30, 32, 40, 45, 48, 50]
     # A resumed run makes the same calls as an undisturbed one.
     assert next_stop(settings, 30, 8) == 32
+
+
+class Watched:
+    """A source that says which thread reads it, and fails where two do at once."""
+
+    def __init__(self):
+        self.threads, self.asked, self.busy = set(), [], threading.Lock()
+
+    def batch(self, step, attempt):
+        assert self.busy.acquire(blocking=False), "two threads read at once"
+        self.threads.add(threading.get_ident())
+        self.asked.append((step, attempt))
+        time.sleep(0.001)
+        self.busy.release()
+        return {"x": np.array([[step, attempt]])}, {"e": np.array([step])}
+
+    def validation(self):
+        assert self.busy.acquire(blocking=False), "two threads read at once"
+        self.threads.add(threading.get_ident())
+        self.busy.release()
+        return []
+
+
+def test_batches_are_made_ahead_by_one_thread_and_are_those_that_were_asked_for():
+    source = Watched()
+    with closing(Ahead(source)) as ahead:
+        for start, stop, attempt, following in (
+            (0, 3, 0, (3, 5)),
+            (3, 5, 0, (5, 8)),
+            (3, 5, 1, (5, 8)),
+            (5, 8, 1, None),
+        ):
+            batches, noises = ahead.take(start, stop, attempt)
+            if following is not None:
+                ahead.begin(*following, attempt)
+            ahead.validation()
+            assert batches["x"].tolist() == [[[step, attempt]] for step in range(start, stop)]
+            assert noises["e"].tolist() == [[step] for step in range(start, stop)]
+    assert threading.get_ident() not in source.threads
+    assert len(source.threads) == 1
+    assert source.asked.count((5, 1)) == 1, "what was made ahead is used"
+
+
+def test_an_error_of_the_source_reaches_the_training():
+    class Broken:
+        def batch(self, step, attempt):
+            if step == 2:
+                raise DataError("the file changed since it was loaded; load it again")
+            return {}, {}
+
+    with closing(Ahead(Broken())) as ahead:
+        ahead.take(0, 2, 0)
+        ahead.begin(2, 4, 0)
+        with pytest.raises(DataError, match="the file changed"):
+            ahead.take(2, 4, 0)
