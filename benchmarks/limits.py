@@ -17,6 +17,7 @@ Means over the held-out conditions of all runs, in Markdown.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {}
+    found: dict[str, list[Mapping[str, float]]] = {}
     conditions = 0
     for path in arguments.runs:
         _, _, dataset, split = fit.reopen(path)

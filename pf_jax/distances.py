@@ -270,11 +270,12 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     def block(row, column):
         i, j = row * tile, column * tile
         same = lambda: _slice(first, i, tile, 0)[:, None] == _slice(first, j, tile, 0)
-        sides = [
+        x, y = (
             (_slice(cells, at, tile, -2), _slice(pulls, at, tile, -1), _slice(sizes, at, tile, -1)) for at in (i, j)
-        ]
+        )
         return _block(
-            *sides,
+            x,
+            y,
             centre,
             lambda: jnp.where(same(), -1.0, cross[..., None, None]),
             lambda: (row == column) & jnp.eye(tile, dtype=bool),  # a cell with itself
