@@ -96,8 +96,10 @@ def jax_gemm(x: np.ndarray, y: np.ndarray, device: str, *, calls: int = 1) -> Si
     from pf_jax.layers import matmul
 
     cells = np.concatenate([x, y], axis=-2)
-    tile = min(TILE["jax"], cells.shape[-2])
-    rows, columns = np.triu_indices(cells.shape[-2] // tile)
+    n_tiles = -(-cells.shape[-2] // TILE["jax"])
+    tile = min(TILE["jax"], cells.shape[-2], 16 * -(-cells.shape[-2] // (16 * n_tiles)))  # as in pf_jax
+    cells = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(0, n_tiles * tile - cells.shape[-2]), (0, 0)])
+    rows, columns = np.triu_indices(n_tiles)
 
     def products(cells: jax.Array) -> jax.Array:
         def step(total: Any, pair: Any) -> tuple[Any, None]:

@@ -255,9 +255,8 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     cells, so that by Euler's theorem it is sum_i z_i . gradient_i.
     """
     n = cells.shape[-2]
-    tile = min(tile, n)
     n_tiles = -(-n // tile)
-    tile = -(-n // n_tiles)  # equal tiles, least padding
+    tile = min(tile, n, 16 * -(-n // (16 * n_tiles)))  # equal tiles, little padding, rows of whole cache lines
     first = jnp.arange(n_tiles * tile) < n_first
     cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
     shifted = cells - centre
@@ -384,7 +383,8 @@ def _block(first, second, centre, sign, skip, smoothing: float):
     def by_differences():
         return jax.lax.cond(squares()[1].sum(dtype=jnp.int32) <= few, by_pairs, by_difference)
 
-    return jax.lax.cond(squares()[1].any(), by_differences, by_product)
+    # Column by column first, as one loop over rows that threads share; XLA would make one sum of both, on one thread.
+    return jax.lax.cond(jax.lax.optimization_barrier(squares()[1].any(-2)).any(), by_differences, by_product)
 
 
 def _rows(cells):
