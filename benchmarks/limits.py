@@ -1,6 +1,9 @@
 """What limits the predictions of finished runs: the same cells moved with parts of the answer given away.
 
     python benchmarks/limits.py RUN [RUN ...] [--out FILE]
+    python benchmarks/limits.py --task TASK --data DATA RUNS [--out FILE]
+
+The second form takes all finished trainings of a task, from the directory that `pf evaluate --task TASK --out RUNS` filled.
 
 Beside the model, its baselines and real cells against real cells, every held-out condition is predicted
 
@@ -11,18 +14,19 @@ Beside the model, its baselines and real cells against real cells, every held-ou
   right.
 
 Both know the sampling noise of the very cells they are judged on, so that with few cells they can be below 0.
-Means over the held-out conditions of all runs, in Markdown.
+Means over the held-out conditions of all runs, in Markdown; where real cells differ from the controls (p at most 0.05 by
+relabelling) apart from where they do not.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pf_core import baselines, fit
+from pf_core import baselines, fit, task_run, tasks
 from pf_core.baselines import Declined, Task
 from pf_core.config import NORMALISED_TOTAL
 from pf_core.data import Dataset
@@ -32,8 +36,11 @@ from pf_core.noise import generator
 from pf_core.outputs import Csr, predicted_counts
 from pf_core.splits import Split
 from pf_core.start import covariance, gaussian_map
+from pf_core.task_report import EFFECT, LEVEL
+from pf_core.verdict import DECIDING_METRIC, number
 
 COLUMNS = {"energy_pca_u": "Energy distance, PCA (U)", "pearson_delta": "Pearson of mean change"}
+PARTS = {"with effect": True, "without": False}
 
 
 def references(model: Model, dataset: Dataset, split: Split) -> dict[str, Reference]:
@@ -81,32 +88,57 @@ def references(model: Model, dataset: Dataset, split: Split) -> dict[str, Refere
     return {"true mean change": true_mean, "true affine map": true_map}
 
 
+Opened = tuple[Path, Dataset, Split]
+
+
+def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
+    if arguments.task is None:
+        for path in arguments.runs:
+            _, _, dataset, split = fit.reopen(path)
+            yield path, dataset, split
+        return
+    [folder] = arguments.runs
+    for one in task_run.finished(tasks.load(arguments.task), out=folder, data=arguments.data):
+        yield one.path, one.dataset, one.split
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories; with --task, the directory of its results")
+    parser.add_argument("--task", type=Path)
+    parser.add_argument("--data", type=Path, help="folder of the task's data")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found: dict[str, list[Mapping[str, float]]] = {}
+    if arguments.task is not None and len(arguments.runs) > 1:
+        parser.error("with --task, one directory is wanted")
+    found: dict[str, list[tuple[Mapping[str, float], bool]]] = {}
     conditions = 0
-    for path in arguments.runs:
-        _, _, dataset, split = fit.reopen(path)
+    for path, dataset, split in opened(arguments):
         model = Model.load(path)
         seen = np.sort(np.concatenate([split.train, split.validation]))
         given = references(model, dataset, split)
         _, judged = evaluate(model, dataset, seen, split.heldout, seed=model.config.seed, references=given)
         conditions += len(judged)
         for one in judged:
+            effect = any(row.values.get(EFFECT, 1.0) <= LEVEL for row in one.rows)
             for row in one.rows:
                 if not row.declined:
-                    found.setdefault(row.method, []).append(row.values)
-    lines = [f"| method | conditions | {' | '.join(COLUMNS.values())} |", "|---|---|" + "---|" * len(COLUMNS)]
+                    found.setdefault(row.method, []).append((row.values, effect))
+    heads = ["method", "conditions", *COLUMNS.values(), *(f"{COLUMNS[DECIDING_METRIC]}, {some}" for some in PARTS)]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for method, rows in found.items():
-        cells = " | ".join(f"{np.nanmean([row[name] for row in rows]):.3g}" for name in COLUMNS)
-        lines.append(f"| {method} | {len(rows)} of {conditions} | {cells} |")
+        cells = [_mean(values[name] for values, _ in rows) for name in COLUMNS]
+        cells += [_mean(values[DECIDING_METRIC] for values, some in rows if some == part) for part in PARTS.values()]
+        lines.append(f"| {method} | {len(rows)} of {conditions} | {' | '.join(cells)} |")
     text = "\n".join(lines) + "\n"
     print(text)
     if arguments.out is not None:
         arguments.out.write_text(text)
+
+
+def _mean(values: Iterable[float]) -> str:
+    finite = [value for value in values if np.isfinite(value)]
+    return number(float(np.mean(finite))) if finite else "n/a"
 
 
 if __name__ == "__main__":

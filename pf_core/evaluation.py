@@ -53,6 +53,7 @@ def evaluate(
     output: Output = "transport",
     seed: int = 0,
     references: Mapping[str, Reference] | None = None,
+    peers: Mapping[str, Predictor] | None = None,
 ) -> tuple[PCA, list[Judged]]:
     """Judge every condition among the held-out cells.
 
@@ -64,19 +65,33 @@ def evaluate(
         output: the output mode, the same for the model and for every baseline.
         seed: of the draws.
         references: cells shown for scale, from (label, tissue, cell type, n): where the truth is known, fresh draws.
+        peers: further predictors by name, judged as the baselines are; their tasks hold the cells of `control_cells`.
 
     Returns:
         The principal components that all were measured in, and one entry per (label, tissue, cell type) among the
         held-out perturbed cells, in that order.
     """
     ruler = metrics.real_pca(dataset.rows(_some(np.arange(dataset.n_cells), MAX_PCA_CELLS, seed, "pca")))
-    predictors = _predictors(model, dataset, seen)
+    predictors = {**_predictors(model, dataset, seen), **(peers or {})}
     perturbed = heldout[~dataset.is_control[heldout]]
-    keys = sorted({(str(dataset.label[i]), str(dataset.tissue[i]), str(dataset.cell_type[i])) for i in perturbed})
+    keys = held_out_keys(dataset, heldout)
     return ruler, [
         _judge(model, dataset, seen, perturbed, key, predictors, references or {}, ruler, output=output, seed=seed)
         for key in keys
     ]
+
+
+def held_out_keys(dataset: Dataset, heldout: np.ndarray) -> list[tuple[str, str, str]]:
+    """(label, tissue, cell type) of the perturbed cells among the held-out ones, sorted."""
+    perturbed = heldout[~dataset.is_control[heldout]]
+    return sorted({(str(dataset.label[i]), str(dataset.tissue[i]), str(dataset.cell_type[i])) for i in perturbed})
+
+
+def control_cells(dataset: Dataset, seen: np.ndarray, key: tuple[str, str, str], *, seed: int = 0) -> np.ndarray:
+    """Indices of the control cells that the condition `key` is predicted from: those of its context, MAX_CELLS at most."""
+    _, tissue, cell_type = key
+    context = dataset.is_control & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
+    return _some(seen[context[seen]], MAX_CELLS, seed, f"{'/'.join(key)}.control")
 
 
 def _some(cells: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
@@ -156,8 +171,7 @@ def _judge(
     here = (dataset.label == label) & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
     name = "/".join(key)
     cells = _some(perturbed[here[perturbed]], MAX_CELLS, seed, f"{name}.real")
-    context = dataset.is_control & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
-    controls = _some(seen[context[seen]], MAX_CELLS, seed, f"{name}.control")
+    controls = control_cells(dataset, seen, key, seed=seed)
     condition = Condition(label, tissue, cell_type, len(cells))
     members = parse_condition(label, model.config.data)
     task = Task(

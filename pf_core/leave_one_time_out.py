@@ -117,7 +117,7 @@ def leave_one_time_out(
             _say(console, f"{name}: {point} left out, seed {seed}")
             run = _train(source, dataclasses.replace(settings, seed=seed), folder / f"seed-{seed}", options)
             audits.append(run.read_json("data.json")["audit"])
-            scores += scores_of(run, number, seed, min_cells)
+            scores += scores_of(run.read_json("metrics.json")["metrics"], number, seed, min_cells)
         folds.append({"fold": number, "name": point, "audit": audits, "choice": choice})
     task = {"kind": "leave one time point out", "column": column, "config": config.to_toml(), "inner": inner}
     result = Result(name, task, backend, list(seeds), folds, scores)

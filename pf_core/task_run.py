@@ -17,7 +17,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +39,7 @@ from pf_core.verdict import DECIDING_METRIC
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["run"]
+__all__ = ["Finished", "finished", "run"]
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def run(
             config = _config(task, fold, seed, settings)
             done = _train(bench, config, folder / f"seed-{seed}", bench.source)
             audits.append(done.read_json("data.json")["audit"])
-            scores += scores_of(done, fold.index + 1, seed, task.min_cells)
+            scores += scores_of(done.read_json("metrics.json")["metrics"], fold.index + 1, seed, task.min_cells)
         facts.append(
             {
                 "fold": fold.index + 1,
@@ -127,6 +127,40 @@ def run(
     result = Result(task.name, task.described(), backend, list(chosen_seeds), facts, scores)
     write(out, result, console)
     return result
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One training of a task that was run, with its data and its split; `path` is the run directory."""
+
+    fold: Fold
+    seed: int
+    path: Path
+    dataset: Dataset
+    split: splits.Split
+
+
+def finished(task: Task, *, out: str | Path, data: str | Path | None = None) -> Iterator[Finished]:
+    """The trainings of a task that `run` has finished below `out`, by fold and seed.
+
+    Args:
+        task, out, data: as for `run`.
+
+    Raises:
+        RunError: there is none.
+    """
+    bench = _bench(task, data, "jax", "cpu", None)
+    some = False
+    for fold in folds_of(task, bench.dataset):
+        for seed in task.seeds:
+            path = Path(out) / f"fold-{fold.index + 1}" / f"seed-{seed}"
+            if not (path / "metrics.json").exists():
+                continue
+            some = True
+            _, _, dataset, split = fit.reopen(path, bench.source)
+            yield Finished(fold, seed, path, dataset, split)
+    if not some:
+        raise RunError(f"{out} holds no finished training of {task.name}; run pf evaluate --task first")
 
 
 # --- what is run --------------------------------------------------------------------------------------------------
@@ -230,8 +264,8 @@ def _train(bench: Bench, config: Config, path: Path, source: Any) -> Run:
     return Run.open(path)
 
 
-def scores_of(done: Run, fold: int, seed: int, min_cells: int) -> list[Score]:
-    """The rows of a run's table, without conditions of few cells."""
+def scores_of(rows: Iterable[Mapping[str, Any]], fold: int, seed: int, min_cells: int) -> list[Score]:
+    """The rows of a run's table, as metrics.json holds them, without conditions of few cells."""
     fixed = {"condition", "label", "tissue", "cell_type", "time", "cells", "method", "kind", "declined"}
     return [
         Score(
@@ -244,7 +278,7 @@ def scores_of(done: Run, fold: int, seed: int, min_cells: int) -> list[Score]:
             declined=row["declined"],
             values={key: float("nan") if value is None else value for key, value in row.items() if key not in fixed},
         )
-        for row in done.read_json("metrics.json")["metrics"]
+        for row in rows
         if row["cells"] >= min_cells
     ]
 
@@ -298,7 +332,8 @@ def _inner_score(bench: Bench, config: Config, path: Path, source: Any, fold: Fo
     """The model's mean energy distance in one inner fold; its run directory goes once the number is written."""
     written = path.with_suffix(".json")
     if not written.exists():
-        rows = scores_of(_train(bench, config, path, source), fold.index + 1, seed, bench.task.min_cells)
+        table = _train(bench, config, path, source).read_json("metrics.json")["metrics"]
+        rows = scores_of(table, fold.index + 1, seed, bench.task.min_cells)
         values = {s.condition: s.values.get(DECIDING_METRIC, float("nan")) for s in rows if s.kind == "model"}
         if not values:
             raise DataError(f"inner fold {fold.name} has no condition of {bench.task.min_cells} cells")
