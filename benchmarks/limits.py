@@ -3,7 +3,8 @@
     python benchmarks/limits.py RUN [RUN ...] [--out FILE]
     python benchmarks/limits.py --task TASK --data DATA RUNS [--out FILE]
 
-The second form takes all finished trainings of a task, from the directory that `pf evaluate --task TASK --out RUNS` filled.
+The second form takes all finished trainings of a task, from the directory that `pf evaluate --task TASK --out RUNS`
+filled.
 
 Beside the model, its baselines and real cells against real cells, every held-out condition is predicted
 
@@ -14,8 +15,8 @@ Beside the model, its baselines and real cells against real cells, every held-ou
   right.
 
 Both know the sampling noise of the very cells they are judged on, so that with few cells they can be below 0.
-Means over the held-out conditions of all runs, in Markdown; where real cells differ from the controls (p at most 0.05 by
-relabelling) apart from where they do not.
+Means over the held-out conditions of all runs, in Markdown; where real cells differ from the controls (p at most 0.05
+by relabelling) apart from where they do not.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python -m venv CELLFLOW && CELLFLOW/bin/pip install cellflow-tools requests
 
-Cells are 50 principal components of log1p of counts per 10,000; conditions are sets of one-hot perturbations; controls are
-those of the cell type (split covariate), which the velocity sees through the cells alone, so that a type that was never
-perturbed has an answer. Flow matching with minibatch optimal transport, as by default; layers are 256 wide instead of
-2,048 and 4,096, batches 256 instead of 1,024 and steps STEPS, which is what a processor without an accelerator
-trains in minutes. "before" is the cells' own reconstruction from the components.
+Cells are 50 principal components of log1p of counts per 10,000; conditions are sets of one-hot perturbations; controls
+are those of the cell type (split covariate), which the velocity sees through the cells alone, so that a type that was
+never perturbed has an answer. Flow matching with minibatch optimal transport, as by default; layers are 256 wide
+instead of 2,048 and 4,096, batches 256 instead of 1,024 and steps STEPS, which is what a processor without an
+accelerator trains in minutes. "before" is the cells' own reconstruction from the components.
 """
 
 from __future__ import annotations

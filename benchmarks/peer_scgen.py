@@ -3,9 +3,9 @@
     pip install "perturb-forecast[torch,bench]"
 
 Settings are those of its tutorial: log1p of counts per 10,000, 100 epochs of batches of 32, early stopping after 25
-epochs without gain. The labels whose cells are balanced in the latent arithmetic are the cell types. scGen adds one mean
-shift; it has no answer for a condition without training cells, so none for combinations never seen. pertpy draws the
-cells of the arithmetic without a seed: repeated calls differ a little.
+epochs without gain. The labels whose cells are balanced in the latent arithmetic are the cell types. scGen adds one
+mean shift; it has no answer for a condition without training cells, so none for combinations never seen. pertpy draws
+the cells of the arithmetic without a seed: repeated calls differ a little.
 """
 
 from __future__ import annotations

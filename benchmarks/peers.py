@@ -20,8 +20,8 @@ OUT/K.npz, written by the peer: "before" and "after", (n_controls, n_genes) expe
 these cells, as they are and perturbed; or OUT/K.txt: why the peer has no answer, one line.
 
 Means become cells as for every other method: by count transport, so that methods differ by their means alone. What a
-package gives by itself are often these means without the noise of cells; "NAME, as it comes" is that, its distance to real
-cells the one that it would be judged by without transport.
+package gives by itself are often these means without the noise of cells; "NAME, as it comes" is that, its distance to
+real cells the one that it would be judged by without transport.
 """
 
 from __future__ import annotations

@@ -16,13 +16,15 @@ The first is right in direction and too timid in size where the context is unlik
 are of another kind. What is predicted is then the cells' own profile with this change of their mean: decoded means of
 the controls are brought to the controls' level by a factor for each gene, and what the mean rises or falls by is added
 to every cell alike.
+
+Counts per cell change too; library_size.py measures that, and says something of combinations that training did not see.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,11 +32,14 @@ from pf_core.baselines import Context
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
 from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, strata
-from pf_core.labels import Members, condition_label
+from pf_core.labels import Members, condition_label, parse_condition
+from pf_core.library_size import LibraryChanges, Observed, from_json, library_changes, to_json
 from pf_core.outputs import Csr
 
 MAX_CELLS = 500  # per condition, for its decoded change
 PSEUDO = 0.3  # counts per 10,000
+SPREAD_CELLS = 10.0  # as many cells the common spread of the log library counts as
+MIN_SPREAD = 1e-3  # variance of the log library between cells
 PRIOR_SHAPE = 0.5  # of a gene's rate around its typical one, where its error is asked for
 
 
@@ -111,6 +116,7 @@ class Calibration:
     known: dict[str, dict[Context, Known]] = field(default_factory=dict)
     controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
+    library: LibraryChanges = field(default_factory=LibraryChanges)
 
     def of(self, members: Members, context: Context, controls: LogProfile) -> Carried | None:
         """What is carried over to a condition in a context (tissue, cell type) with these controls.
@@ -192,7 +198,18 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
     def measured(cells: np.ndarray) -> LogProfile:
         return measure(dataset.rows(cells), dataset.library()[cells], typical)
 
+    depth = np.log(dataset.library())
+    sides = [part for group in groups for part in (group.cells, group.controls)]
+    common = sum(depth[part].var() * len(part) for part in sides) / sum(len(part) for part in sides)
+
+    def log_library(cells: np.ndarray) -> tuple[float, float]:
+        """Mean over cells, and its sampling variance: few cells have the spread of all."""
+        n = len(cells)
+        spread = (n * depth[cells].var() + SPREAD_CELLS * common) / (n + SPREAD_CELLS)
+        return float(depth[cells].mean()), float(max(spread, MIN_SPREAD) / n)
+
     parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, Change]]] = {}
+    depths: dict[tuple[str, Context], list[tuple[float, float]]] = {}
     controls_of: dict[Context, list[np.ndarray]] = {}
     for group, change in zip(groups, decoded, strict=True):
         moved, controls = measured(group.cells), measured(group.controls)
@@ -201,7 +218,10 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         context = group.tissue, group.cell_type
         parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
         controls_of.setdefault(context, []).append(group.controls)
+        (after_mean, after_error), (mean, error) = log_library(group.cells), log_library(group.controls)
+        depths.setdefault((group.label, context), []).append((after_mean - mean, after_error + error))
     found = Calibration(typical, separator=dataset.config.separator)
+    observed = []
     for (label, context), several in parts.items():
         sizes = np.array([n for n, _, _ in several])
         shares = sizes / sizes.sum()
@@ -213,9 +233,12 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
             ),
             weight=float(sizes.sum() / (sizes.sum() + MIN_MATCHED)),
         )
+        values, errors = np.array(depths[label, context]).T
+        members = parse_condition(label, dataset.config)
+        observed.append(Observed(members, context, float(shares @ values), float(shares**2 @ errors)))
     for context, pieces in controls_of.items():
         found.controls[context] = measured(np.unique(np.concatenate(pieces)))
-    return found
+    return replace(found, library=library_changes(observed))
 
 
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
@@ -230,6 +253,7 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
         "separator": calibration.separator,
         "rows": [row[:3] for row in rows],
         "contexts": [context for context, _ in contexts],
+        "library": to_json(calibration.library),
     }
     return {
         "typical": calibration.typical,
@@ -248,7 +272,7 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
     names = json.loads(arrays["names"].tobytes())
     values = {key: np.asarray(array, np.float64) for key, array in arrays.items() if key != "names"}
-    found = Calibration(values["typical"], separator=names["separator"])
+    found = Calibration(values["typical"], separator=names["separator"], library=from_json(names["library"]))
     for index, (label, tissue, cell_type) in enumerate(names["rows"]):
         change = Change(values["changes"][index], values["change_errors"][index])
         one = Known(values["residuals"][index], change, float(values["weights"][index]))

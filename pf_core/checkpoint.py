@@ -19,7 +19,7 @@ import numpy as np
 
 from pf_core.errors import RunError
 
-FORMAT = 3  # 1 had another calibration, and flow.pace as a word; 2 had one member and did not say so
+FORMAT = 4  # 1: another calibration, flow.pace a word; 2: one member, not said; 3: no change of the library
 MANIFEST = "manifest.json"
 
 

@@ -88,7 +88,7 @@ def held_out_keys(dataset: Dataset, heldout: np.ndarray) -> list[tuple[str, str,
 
 
 def control_cells(dataset: Dataset, seen: np.ndarray, key: tuple[str, str, str], *, seed: int = 0) -> np.ndarray:
-    """Indices of the control cells that the condition `key` is predicted from: those of its context, MAX_CELLS at most."""
+    """Indices of the controls that the condition `key` is predicted from: those of its context, MAX_CELLS at most."""
     _, tissue, cell_type = key
     context = dataset.is_control & (dataset.tissue == tissue) & (dataset.cell_type == cell_type)
     return _some(seen[context[seen]], MAX_CELLS, seed, f"{'/'.join(key)}.control")

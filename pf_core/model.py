@@ -264,7 +264,7 @@ class Model(LatentModel):
             z1 = self.move(dataset, z1, cells, members)
         tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
         library = dataset.library()[cells].astype(self.config.dtype)
-        rows_of, corrections = self._corrections(dataset, cells, steps, z0, z1)
+        rows_of, corrections, depths = self._corrections(dataset, cells, steps, z0, z1)
 
         def at(time: float) -> tuple[np.ndarray, Means]:
             z = z0 + z0.dtype.type(time) * (z1 - z0)
@@ -278,7 +278,7 @@ class Model(LatentModel):
                         mu0[here] *= found.factor
                         added = library[rows][here, None] * (time * found.shift)
                         mu1[here] = np.maximum(mu0[here] + added, 0.0)
-                return mu0, mu1
+                return mu0, mu1 * np.exp(time * depths[rows_of[rows]]).astype(mu1.dtype)[:, None]
 
             return z, means
 
@@ -287,15 +287,17 @@ class Model(LatentModel):
 
     def _corrections(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
-    ) -> tuple[np.ndarray, dict[tuple[str, str], Correction | None]]:
-        """Context of every cell, and the correction of each context."""
+    ) -> tuple[np.ndarray, dict[tuple[str, str], Correction | None], np.ndarray]:
+        """Context of every cell; of each context the correction, and the change of the log library."""
         keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
         found: dict[tuple[str, str], Correction | None] = dict.fromkeys(sorted(set(keys)))
         place = {context: row for row, context in enumerate(found)}
         rows_of = np.array([place[key] for key in keys])
+        depths = np.zeros(len(found))
         if self.calibration is None:
-            return rows_of, found
+            return rows_of, found, depths
         for context, row in place.items():
+            depths[row] = sum(self.calibration.library.of(members, context) for members in steps)
             here = np.flatnonzero(rows_of == row)
             library = dataset.library()[cells[here]]
             controls = measure(dataset.rows(cells[here]), library, self.calibration.typical)
@@ -304,7 +306,7 @@ class Model(LatentModel):
                 tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
                 decoded = [self._mean_profile(z[here], tissue, library) for z in (z0, z1)]
                 found[context] = correction(controls, decoded[0], decoded[1], carried)
-        return rows_of, found
+        return rows_of, found, depths
 
     def _mean_profile(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
         """(n_genes,) mean over cells of decoded means divided by library."""
