@@ -12,9 +12,12 @@ Beside the model, its baselines and real cells against real cells, every held-ou
   shift. Its distance is what transport leaves when the mean is right;
 - by the *true affine map*: the Gaussian transport map between the latents of control and real cells, decoded and
   carried by count transport. Its distance is what latents, decoder and an affine operator leave when the operator is
-  right.
+  right,
 
-Both know the sampling noise of the very cells they are judged on, so that with few cells they can be below 0.
+and by the baselines with the model's change of the counts per cell (pf_core/library_size.py) on top of their own means:
+whether what the model wins is that alone.
+
+The first two know the sampling noise of the very cells they are judged on, so that with few cells they can be below 0.
 Means over the held-out conditions of all runs, in Markdown; where real cells differ from the controls (p at most 0.05
 by relabelling) apart from where they do not.
 """
@@ -23,15 +26,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pf_core import baselines, fit, task_run, tasks
-from pf_core.baselines import Declined, Task
+from pf_core.baselines import Declined, Prediction, Predictor, Task
 from pf_core.config import NORMALISED_TOTAL
 from pf_core.data import Dataset
-from pf_core.evaluation import MAX_CELLS, Reference, evaluate
+from pf_core.evaluation import MAX_CELLS, Reference, baseline_predictors, evaluate
 from pf_core.model import Model
 from pf_core.noise import generator
 from pf_core.outputs import Csr, predicted_counts
@@ -103,6 +107,30 @@ def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
         yield one.path, one.dataset, one.split
 
 
+def with_library(model: Model, dataset: Dataset, split: Split) -> dict[str, Predictor]:
+    """The baselines, their means after the perturbation multiplied by the model's change of the library."""
+    seen = np.sort(np.concatenate([split.train, split.validation]))
+
+    def scaled(predictor: Predictor) -> Predictor:
+        def predict(task: Task) -> Prediction | Declined:
+            answer = predictor(task)
+            if isinstance(answer, Declined) or answer.means is None or model.calibration is None:
+                return answer
+            factor = np.exp(model.calibration.library.of(model.members(task.label), task.context))
+            means = answer.means
+
+            def after(rows: slice) -> tuple[np.ndarray, np.ndarray]:
+                mu0, mu1 = means(rows)
+                return mu0, mu1 * factor
+
+            return replace(answer, means=after)
+
+        return predict
+
+    every = baseline_predictors(model, dataset, seen)
+    return {f"{name}, library": scaled(one) for name, one in every.items() if name != "no change"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; with --task, the directory of its results")
@@ -118,7 +146,8 @@ def main() -> None:
         model = Model.load(path)
         seen = np.sort(np.concatenate([split.train, split.validation]))
         given = references(model, dataset, split)
-        _, judged = evaluate(model, dataset, seen, split.heldout, seed=model.config.seed, references=given)
+        more = with_library(model, dataset, split)
+        _, judged = evaluate(model, dataset, seen, split.heldout, seed=model.config.seed, references=given, peers=more)
         conditions += len(judged)
         for one in judged:
             effect = any(row.values.get(EFFECT, 1.0) <= LEVEL for row in one.rows)

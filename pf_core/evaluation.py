@@ -72,7 +72,7 @@ def evaluate(
         held-out perturbed cells, in that order.
     """
     ruler = metrics.real_pca(dataset.rows(_some(np.arange(dataset.n_cells), MAX_PCA_CELLS, seed, "pca")))
-    predictors = {**_predictors(model, dataset, seen), **(peers or {})}
+    predictors = {**baseline_predictors(model, dataset, seen), **(peers or {})}
     perturbed = heldout[~dataset.is_control[heldout]]
     keys = held_out_keys(dataset, heldout)
     return ruler, [
@@ -100,7 +100,8 @@ def _some(cells: np.ndarray, most: int, seed: int, name: str) -> np.ndarray:
     return np.sort(noise.generator(seed, f"evaluation.{name}").permutation(cells)[:most])
 
 
-def _predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dict[str, Predictor]:
+def baseline_predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dict[str, Predictor]:
+    """All baselines by name, made from the cells that training has seen; the model lends its encoder and decoder."""
     names = (dataset.label[seen], dataset.tissue[seen], dataset.cell_type[seen])
     known = baselines.profiles(dataset.rows(seen), *names, library=dataset.library()[seen])
     shifts = Shifts(known, baselines.log_profile)

@@ -35,6 +35,7 @@ class Forecast(NamedTuple):
     z0: np.ndarray  # (n, n_latent) latents before
     points: list[tuple[np.ndarray, Means]]  # per time: latents there, means of a block of cells before and there
     changes: dict[tuple[str, str], Change]  # of log mean profiles, by (tissue, cell type), where calibrated
+    library: np.ndarray  # (n,) change of each cell's log library at the end, 0 where nothing is known
 
 
 class Model(LatentModel):
@@ -257,7 +258,7 @@ class Model(LatentModel):
 
         Returns:
             Latents before; per time the latents there with the means (mu0, mu1) of a block of the cells, decoded when
-            asked for and calibrated; and the calibrated changes.
+            asked for and calibrated; the calibrated changes; and how the log library of each cell changes.
         """
         z0 = z1 = self.encode(dataset, cells)
         for members in steps:
@@ -265,6 +266,7 @@ class Model(LatentModel):
         tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
         library = dataset.library()[cells].astype(self.config.dtype)
         rows_of, corrections, depths = self._corrections(dataset, cells, steps, z0, z1)
+        deeper = depths[rows_of]
 
         def at(time: float) -> tuple[np.ndarray, Means]:
             z = z0 + z0.dtype.type(time) * (z1 - z0)
@@ -278,12 +280,12 @@ class Model(LatentModel):
                         mu0[here] *= found.factor
                         added = library[rows][here, None] * (time * found.shift)
                         mu1[here] = np.maximum(mu0[here] + added, 0.0)
-                return mu0, mu1 * np.exp(time * depths[rows_of[rows]]).astype(mu1.dtype)[:, None]
+                return mu0, mu1 * np.exp(time * deeper[rows]).astype(mu1.dtype)[:, None]
 
             return z, means
 
         changes = {context: found.change for context, found in corrections.items() if found is not None}
-        return Forecast(z0, [at(time) for time in times], changes)
+        return Forecast(z0, [at(time) for time in times], changes, deeper)
 
     def _corrections(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
@@ -339,7 +341,8 @@ class Model(LatentModel):
 
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
-            in obsm["X_control_latent"] and obsm["X_latent"]. Where training saw the perturbation in other contexts,
+            in obsm["X_control_latent"] and obsm["X_latent"], and in obs["library_change"] the change of the log of the
+            counts per cell that the means were given (library_size.py). Where training saw the perturbation in other contexts,
             varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean profile, one
             column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
 
@@ -348,9 +351,10 @@ class Model(LatentModel):
         """
         dataset, report = self.controls(controls, keep=keep)
         steps = [self.members(step) for step in (perturbation, *then)]
-        z0, [(z1, means)], changes = self.forecast(dataset, np.arange(dataset.n_cells), steps)
+        z0, [(z1, means)], changes, library = self.forecast(dataset, np.arange(dataset.n_cells), steps)
         label = " then ".join((perturbation, *then))
         adata = self._cells(dataset, z0, z1, means, label, report, output=output, seed=seed)
+        adata.obs["library_change"] = library
         adata.uns["pf"]["contexts"] = [", ".join(context) for context in changes]
         if changes:
             adata.varm["change"] = np.stack([one.mean for one in changes.values()], axis=1)
@@ -376,11 +380,11 @@ class Model(LatentModel):
 
         dataset, report = self.controls(controls, keep=keep)
         steps = [self.members(perturbation)]
-        z0, points, _ = self.forecast(dataset, np.arange(dataset.n_cells), steps, times=times)
+        z0, points, _, library = self.forecast(dataset, np.arange(dataset.n_cells), steps, times=times)
         parts = []
         for time, (z, means) in zip(times, points, strict=True):
             part = self._cells(dataset, z0, z, means, perturbation, report, output=output, seed=seed)
-            part.obs["time"] = float(time)
+            part.obs["time"], part.obs["library_change"] = float(time), time * library
             part.obs_names = [f"{name}-t{time:g}" for name in part.obs_names]
             parts.append(part)
         return anndata.concat(parts, merge="same", uns_merge="same")

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from scipy import sparse
 from small_data import small
+from test_response import BASES, SHIFTS, G, known_model, row
 
 from pf_core import data
-from pf_core.calibration import calibrate, correction, from_arrays, log_rate, measure, to_arrays
+from pf_core.calibration import Calibration, calibrate, correction, from_arrays, log_rate, measure, to_arrays
 from pf_core.config import DataConfig
 from pf_core.evaluation import coverage
 from pf_core.kriging import Change
 from pf_core.labels import CONTROL
+from pf_core.library_size import LibraryChanges
 from pf_core.noise import generator
 
 
@@ -28,6 +30,45 @@ def calibrated():
     rng = generator(41, "test_calibration.decoded")
     before, after = _profiles(rng, 2, len(groups), dataset.n_genes)
     return dataset, groups, calibrate(dataset, groups, before, after)
+
+
+def test_the_library_of_a_condition_is_measured_and_predicted():
+    adata = small(900)
+    b = adata.obs["perturbation"].isin(["B", "A+B"]).to_numpy()
+    adata.X = sparse.csr_matrix(adata.X.multiply(np.where(b, 3.0, 1.0)[:, None]))
+    dataset = data.load(adata, DataConfig(min_counts=0))
+    groups = [g for g in data.groups(dataset, np.arange(dataset.n_cells)) if g.label not in (CONTROL, "A+B")]
+    before, after = _profiles(generator(67, "test_calibration.library"), 2, len(groups), dataset.n_genes)
+    library = calibrate(dataset, groups, before, after).library
+    assert library.of((("A", 1.0),), ("t1", "x")) == pytest.approx(0.0, abs=0.08)
+    assert library.of((("B", 1.0),), ("t1", "x")) == pytest.approx(np.log(3), abs=0.08)
+    for unseen in ((("B", 1.0),), (("A", 1.0), ("B", 1.0))):
+        assert 0.3 < library.of(unseen, ("t9", "z")) < np.log(3) + 0.08
+
+
+def test_predicted_cells_have_the_library_of_their_condition():
+    model = known_model({"A": row(), "B": row(beta=(1.0,))}, BASES, SHIFTS, tissues=("t1",))
+    adata = small(60, n_genes=G)
+    adata = adata[adata.obs["tissue"] == "t1"].copy()
+    adata.var_names = list(model.vocabulary.genes)
+    adata.obs["perturbation"] = "control"
+    changes = LibraryChanges({"A": 1.0, "B": 1.0}, {"A": 0.4, "B": -0.1}, {}, {"B": {("t1", "x"): 0.3}})
+    model.calibration = Calibration(np.full(G, 1 / G), library=changes)
+
+    def ratio(*then: str, **options):
+        counts = model.predict(adata, *then, output="mean", **options).X
+        return np.asarray(counts.sum(1)).ravel() / np.asarray(adata.X.sum(1)).ravel()
+
+    x = (adata.obs["cell_type"] == "x").to_numpy()
+    np.testing.assert_allclose(ratio("A"), np.exp(0.4), rtol=1e-5)
+    np.testing.assert_allclose(ratio("B"), np.exp(np.where(x, 0.2, -0.1)), rtol=1e-5)
+    np.testing.assert_allclose(ratio("A", then=["B"]), np.exp(0.4 + np.where(x, 0.2, -0.1)), rtol=1e-5)
+    np.testing.assert_allclose(ratio("A+B"), np.exp(0.3), rtol=1e-5)
+    np.testing.assert_allclose(ratio("control"), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(model.predict(adata, "B").obs["library_change"], np.where(x, 0.2, -0.1))
+    halfway = model.trajectory(adata, "A", times=(0.5,), output="mean")
+    np.testing.assert_allclose(halfway.X.sum() / adata.X.sum(), np.exp(0.2), rtol=1e-5)
+    np.testing.assert_allclose(halfway.obs["library_change"], 0.2)
 
 
 @pytest.mark.parametrize(("n", "expected"), [(53, 3000.0), (17, 700.0)])
