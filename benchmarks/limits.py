@@ -1,7 +1,7 @@
 """What limits the predictions of finished runs: the same cells moved with parts of the answer given away.
 
     python benchmarks/limits.py RUN [RUN ...] [--out FILE]
-    python benchmarks/limits.py --task TASK --data DATA RUNS [--out FILE]
+    python benchmarks/limits.py --task TASK --data DATA RUNS [--seeds N] [--out FILE]
 
 The second form takes all finished trainings of a task, from the directory that `pf evaluate --task TASK --out RUNS`
 filled.
@@ -102,9 +102,11 @@ def opened(arguments: argparse.Namespace) -> Iterator[Opened]:
             _, _, dataset, split = fit.reopen(path)
             yield path, dataset, split
         return
-    [folder] = arguments.runs
-    for one in task_run.finished(tasks.load(arguments.task), out=folder, data=arguments.data):
-        yield one.path, one.dataset, one.split
+    [folder], task = arguments.runs, tasks.load(arguments.task)
+    seeds = task.seeds[: arguments.seeds or len(task.seeds)]
+    for one in task_run.finished(task, out=folder, data=arguments.data):
+        if one.seed in seeds:
+            yield one.path, one.dataset, one.split
 
 
 def with_library(model: Model, dataset: Dataset, split: Split) -> dict[str, Predictor]:
@@ -136,6 +138,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories; with --task, the directory of its results")
     parser.add_argument("--task", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the task's data")
+    parser.add_argument("--seeds", type=int, help="only the first so many seeds of the task")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.task is not None and len(arguments.runs) > 1:

@@ -14,11 +14,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
-from cellflow.model import CellFlow
+from cellflow.model import CellFlow  # pyright: ignore[reportMissingImports]  (an environment of its own)
 from sklearn.decomposition import PCA
 
 TOTAL = 1e4
@@ -26,8 +27,8 @@ STEPS = 10_000
 WIDTH = (256, 256)
 
 
-def log_normalised(path: Path) -> anndata.AnnData:
-    data = anndata.read_h5ad(path)
+def log_normalised(path: Path) -> Any:
+    data: Any = anndata.read_h5ad(path)
     dense = data.X.toarray() * (TOTAL / data.obs["library"].to_numpy()[:, None])
     data.X = np.log1p(dense).astype(np.float32)
     return data

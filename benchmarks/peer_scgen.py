@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -23,11 +24,15 @@ import scvi
 TOTAL = 1e4
 
 
-def log_normalised(path: Path) -> anndata.AnnData:
-    data = anndata.read_h5ad(path)
+def log_normalised(path: Path) -> Any:
+    data: Any = anndata.read_h5ad(path)
     dense = data.X.toarray() * (TOTAL / data.obs["library"].to_numpy()[:, None])
     data.X = np.log1p(dense).astype(np.float32)
     return data
+
+
+def rates(decoded: np.ndarray) -> np.ndarray:
+    return np.expm1(np.maximum(decoded, 0.0))
 
 
 def main(given: Path, out: Path, seed: int) -> None:
@@ -47,8 +52,7 @@ def main(given: Path, out: Path, seed: int) -> None:
         controls = log_normalised(given / f"controls-{number}.h5ad")
         moved, _ = model.predict(ctrl_key="control", stim_key=condition["label"], adata_to_predict=controls)
         before = np.asarray(model.module.as_bound().generative(model.get_latent_representation(controls))["px"])
-        rates = {name: np.expm1(np.maximum(part, 0.0)) for name, part in (("before", before), ("after", moved.X))}
-        np.savez(out / f"{number}.npz", **rates)
+        np.savez(out / f"{number}.npz", before=rates(before), after=rates(np.asarray(moved.X)))
 
 
 if __name__ == "__main__":
