@@ -40,13 +40,14 @@ def cases(context: Context) -> list[Case]:
     return [whole(context)]
 
 
-def train(data: str, options: list[str], programs: str | None = None) -> dict[str, np.ndarray]:
+def train(data: str, options: list[str], programs: str | None = None, module: str = "pf_core") -> dict[str, np.ndarray]:
     """Train, and return the model's mean metrics over the held-out conditions.
 
     Args:
         data: the h5ad file.
         options: of `pf train`.
         programs: folder where JAX keeps compiled programs; None compiles all of them anew.
+        module: what runs, "pf_core" or another module with the command's options.
 
     Raises:
         RuntimeError: the training ended with an error; the message holds its last line.
@@ -56,7 +57,7 @@ def train(data: str, options: list[str], programs: str | None = None) -> dict[st
         command = [
             sys.executable,
             "-m",
-            "pf_core",
+            module,
             "train",
             data,
             "--out",
@@ -85,12 +86,12 @@ def whole(context: Context) -> Case:
         settings = [*(QUICK if context.quick else ()), *more]
         return ["--device", context.device, *(part for setting in settings for part in ("--set", setting))]
 
-    def side(*own: str, folder: str | None = None, note: str = "") -> Side:
+    def side(*own: str, folder: str | None = None, module: str = "pf_core", note: str = "") -> Side:
         arguments = [*own, *options()]
         last: list[dict[str, np.ndarray]] = []
 
         def call() -> None:
-            last[:] = [train(context.data, arguments, folder)]
+            last[:] = [train(context.data, arguments, folder, module)]
 
         def output() -> dict[str, np.ndarray]:
             if not last:
@@ -104,6 +105,12 @@ def whole(context: Context) -> Case:
         return {
             "jax": side("--backend", "jax"),
             "torch": side("--backend", "torch"),
+            "plain torch": side(
+                "--backend",
+                "torch",
+                module="pf_bench.plain_fit",
+                note="the PyTorch twin by its plain forms: a loop over conditions, whole matrices, no count table",
+            ),
             "jax, compiled before": side(
                 "--backend", "jax", folder=programs.name, note="programs of an earlier training are found on disk"
             ),
@@ -114,5 +121,5 @@ def whole(context: Context) -> Case:
             ),
         }
 
-    targets = () if context.quick or context.device != "cpu" else (Target("faster", 2.5, "torch"),)
+    targets = () if context.quick or context.device != "cpu" else (Target("faster", 2.5, "plain torch"),)
     return Case(f"pf train, {Path(context.data).stem}", {}, build, TOLERANCE, targets, heavy=True)

@@ -342,9 +342,9 @@ class Model(LatentModel):
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
             in obsm["X_control_latent"] and obsm["X_latent"], and in obs["library_change"] the change of the log of the
-            counts per cell that the means were given (library_size.py). Where training saw the perturbation in other contexts,
-            varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean profile, one
-            column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
+            counts per cell that the means were given (library_size.py). Where training saw the perturbation in other
+            contexts, varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean profile,
+            one column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.

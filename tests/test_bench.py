@@ -329,6 +329,26 @@ def test_a_quick_run_writes_what_can_be_read_back(suite, cells, tmp_path):
     assert len(written["memory"]) == len({row["case"] for row in flagged})
 
 
+def test_the_plain_fit_takes_the_steps_of_the_twin(monkeypatch):
+    import pf_torch.steps
+    from pf_bench import plain_fit, problems
+    from pf_bench.steps import _tables, torch_steps
+
+    config = problems.configuration(9, 5, n_conditions=3, n_cells=7)
+    params = problems.parameters(config, 11, 4)
+    batch, noise, carry = problems.operator_problem(3, 7, 5, 11)
+    cells, eps = problems.vae_problem(13, 11, 5)
+    problem = batch | {f"cells_{name}": value for name, value in cells.items()}, noise | eps, carry
+    assert _tables(problem[0], 1)(), "the fast side has a count table"
+    fast = torch_steps("joint", params, problem, config, 1, "cpu").output()
+    monkeypatch.setattr(pf_torch.steps, "energy_distance_grouped", plain_fit.energies)
+    monkeypatch.setattr(pf_torch.steps, "elbo_loss", plain_fit.plain_elbo)
+    plain = torch_steps("joint", params, problem, config, 1, "cpu").output()
+    for name, value in fast.items():
+        np.testing.assert_allclose(plain[name], value, rtol=2e-3, err_msg=name)
+        assert not np.array_equal(plain[name], value), "another way of computing"
+
+
 def test_trainings_without_data_are_skipped_with_a_reason(tmp_path, capsys):
     options = {"quick": True, "mallocs": ("default",), "out": tmp_path / "out"}
     assert run.bench(suites=("training",), **options) == 0
