@@ -33,7 +33,12 @@ BASELINES = (
     ("X", "#6c71c4"),
     ("<", "#b0554e"),
     ("h", "#5f8f2f"),
+    (">", "#3a8f9c"),
+    ("d", "#a6761d"),
+    ("*", "#7a5195"),
+    ("p", "#55606b"),
 )
+LEGEND_COLUMNS = 3
 CELLS_DRAWN = 600  # per kind and condition; more only cover each other
 BINS = 240  # of a curve
 MAP_BINS = 72  # of the gradient heat map
@@ -137,7 +142,8 @@ def energies(rows: Sequence[tuple[str, Mapping[str, float]]], model: Sequence[st
     """Energy distance per condition as a dot plot: one row a condition, one marker shape a method."""
     values = np.array([value for _, found in rows for value in found.values() if math.isfinite(value)])
     log = _log_helps(values)
-    row, top = 31, 44
+    shown = {method for _, found in rows for method, value in found.items() if math.isfinite(value)}
+    row, top = 31, 8 + 13 * max(math.ceil(len(shown) / LEGEND_COLUMNS), 1)
     height = top + row * len(rows) + 34
     with figure(410, height) as drawing:
         axes = drawing.add_axes((0.03, 32 / height, 0.94, 1 - (top + 32) / height))
@@ -188,7 +194,7 @@ def energies(rows: Sequence[tuple[str, Mapping[str, float]]], model: Sequence[st
             handles[-n_ours:] + handles[:-n_ours] if n_ours else handles,
             labels[-n_ours:] + labels[:-n_ours] if n_ours else labels,
             loc="upper left",
-            ncols=3,
+            ncols=LEGEND_COLUMNS,
             bbox_to_anchor=(0.0, 1.0),
             handletextpad=0.1,
             columnspacing=1.1,
