@@ -17,9 +17,9 @@ from typing import Any
 
 import anndata
 import numpy as np
-import pertpy
-import scanpy
-import scvi
+import pertpy  # pyright: ignore[reportMissingImports]  (extra "bench")
+import scanpy  # pyright: ignore[reportMissingImports]
+import scvi  # pyright: ignore[reportMissingImports]
 
 TOTAL = 1e4
 
