@@ -117,14 +117,14 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "likelihood",
         "the tail is in the dense pass too",
-        "return jnp.where(x <= table.shape[0], weight[:, None], 0.0)",
-        "return jnp.broadcast_to(weight[:, None], x.shape)",
+        "return matmul(weight, jnp.where(x <= table.shape[0], values, 0.0))",
+        "return matmul(weight, values)",
     ),
     (
         "likelihood",
         "counts in the last row of the table left out",
-        "return jnp.where(x <= table.shape[0],",
-        "return jnp.where(x < table.shape[0],",
+        "return matmul(weight, jnp.where(x <= table.shape[0],",
+        "return matmul(weight, jnp.where(x < table.shape[0],",
     ),
     ("likelihood", "padding of the tail counts", "return jnp.where(present, weight[cell], 0.0)", "return weight[cell]"),
     (
@@ -148,8 +148,14 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "likelihood",
         "the factor r + 1 taken out of one sum only",
-        "((r + 1.0) / (r + mu))) - r * jnp",
-        "(1.0 / (r + mu))) - r * jnp",
+        "jnp.log(mu * ((r + 1.0) / total))",
+        "jnp.log(mu * (1.0 / total))",
+    ),
+    (
+        "likelihood",
+        "the quotient taken from the value, and not given back by the derivative",
+        "dense = dense + r * _over_table(",
+        "dense = dense + 0.9 * r * _over_table(",
     ),
     (
         "likelihood",

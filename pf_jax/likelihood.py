@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from pf_core.config import LOGVAR_MAX, LOGVAR_MIN, R_MAX, R_MIN
+from pf_jax.layers import matmul
 
 __all__ = [
     "digamma_difference",
@@ -459,9 +460,10 @@ def _rows_of(table: jax.Array) -> jax.Array:
     return jnp.arange(table.shape[0], dtype=table.dtype)[:, None]
 
 
-def _in_table(x: jax.Array, weight: jax.Array, table: jax.Array) -> jax.Array:
-    """Weights (n_cells, n_genes) of the entries that the table holds."""
-    return jnp.where(x <= table.shape[0], weight[:, None], 0.0)
+def _over_table(values: jax.Array, x: jax.Array, weight: jax.Array, table: jax.Array) -> jax.Array:
+    """Weighted sum (n_genes,) over cells of the entries that the table holds."""
+    # A product with the weights: XLA writes the arrays that a reduction reads on processors, and this one is fewer.
+    return matmul(weight, jnp.where(x <= table.shape[0], values, 0.0))
 
 
 def _of_tail(x, mu, r, weight, tail) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
@@ -476,13 +478,16 @@ def _of_tail(x, mu, r, weight, tail) -> tuple[jax.Array, tuple[jax.Array, ...], 
 def _table_sum(x, mu, r, weight, table, tail) -> jax.Array:
     """log p = sum_{j<x} log((r + j) / ((r + 1) (j + 1))) + x log(mu (r + 1) / (r + mu)) - r log1p(mu / r), summed.
 
-    Neither logarithm grows with r or 1 / r, which cancel between the sum and the rest without the factor r + 1.
+    Neither logarithm grows with r or 1 / r, which cancel between the sum and the rest without the factor r + 1. The
+    second is taken from the derivative in r: -r log1p(mu / r) = r _mean_part - r (mu - x) / (r + mu).
     """
     j = _rows_of(table)
     few = (table * jnp.log((r + j) / ((r + 1.0) * (j + 1.0)))).sum(0)
-    dense = x * jnp.log(mu * ((r + 1.0) / (r + mu))) - r * jnp.log1p(mu / r)
+    total = r + mu
+    dense = _over_table(x * jnp.log(mu * ((r + 1.0) / total)) - (mu - x) * (r / total), x, weight, table)
+    dense = dense + r * _over_table(_mean_part(x, mu, r), x, weight, table)
     weights, entries, _ = _of_tail(x, mu, r, weight, tail)
-    return (few + (_in_table(x, weight, table) * dense).sum(0)).sum() + (weights * _log_prob(*entries)).sum()
+    return (few + dense).sum() + (weights * _log_prob(*entries)).sum()
 
 
 @_table_sum.defjvp
@@ -496,7 +501,7 @@ def _table_sum_jvp(primals, tangents):
 def _table_sum_r(x, mu, r, weight, table, tail) -> jax.Array:
     """(n_genes,) derivative in r."""
     few = (table / (r + _rows_of(table))).sum(0)
-    dense = (_in_table(x, weight, table) * _mean_part(x, mu, r)).sum(0)
+    dense = _over_table(_mean_part(x, mu, r), x, weight, table)
     weights, entries, gene = _of_tail(x, mu, r, weight, tail)
     return (few + dense).at[gene].add(weights * _log_prob_r(*entries))
 
