@@ -439,7 +439,7 @@ JAX: list[tuple[str, str, str, str]] = [
         "return {name: grad * scale for name, grad in grads.items()}, norm",
         "return {name: grad * jnp.minimum(1.0, max_norm / (jnp.sqrt((grad**2).sum()) + CLIP_EPS)) for name, grad in grads.items()}, norm",
     ),
-    ("steps", "clipping forgotten", "params, clipped, m, v, moving.count", "params, grads, m, v, moving.count"),
+    ("steps", "clipping forgotten", "params, clipped, m, v, before.count", "params, grads, m, v, before.count"),
     ("steps", "gradients of micro-batches summed", "name: total / n_micro for", "name: total for"),
     (
         "steps",
@@ -462,20 +462,26 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "steps",
         "the guard never looks at what is new",
-        "sure = _surely_finite(old, norm, lr, settings)",
+        "sure = jnp.isfinite(4.0 * (bounds.params + bounds.m + bounds.v))",
         "sure = jnp.array(True)",
     ),
     (
         "steps",
+        "the bounds of the parameters stay",
+        "return _Bounds(bounds.params + lr * step, m, v)",
+        "return _Bounds(bounds.params, m, v)",
+    ),
+    (
+        "steps",
         "a refused step still counts",
-        "return jax.tree.map(partial(jnp.where, ok), new, moving), metrics",
-        "return jax.tree.map(partial(jnp.where, ok), new, moving)._replace(count=new.count), metrics",
+        "return (kept, bounds), metrics",
+        "return (kept._replace(count=new.count), bounds), metrics",
     ),
     (
         "steps",
         "a refused step still moves the carry",
-        "return jax.tree.map(partial(jnp.where, ok), new, moving), metrics",
-        "return jax.tree.map(partial(jnp.where, ok), new, moving)._replace(carry=new.carry), metrics",
+        "return (kept, bounds), metrics",
+        "return (kept._replace(carry=new.carry), bounds), metrics",
     ),
     (
         "steps",

@@ -118,7 +118,7 @@ JAX: list[tuple[str, str, str, str]] = [
     ("steps", "the encoder plays against the old discriminator", "params = like.frozen | trained | own", "params = like.frozen | like.params | own"),
     ("steps", "the players in the other order", '(_RIVAL, "") if stage == "cvae"', '("", _RIVAL) if stage == "cvae"'),
     ("steps", "norms after clipping reported, by player", "raw |= _unpack(grads, own)", "raw |= _unpack(clipped, own)"),
-    ("steps", "Adam counts each player", "params, clipped, m, v, moving.count, lr=lr", "params, clipped, m, v, new.count, lr=lr"),
+    ("steps", "Adam counts each player", "params, clipped, m, v, before.count, lr=lr", "params, clipped, m, v, new.count, lr=lr"),
     ("steps", "the norm of the second player alone", "reduce(jnp.hypot, norms)", "norms[-1]"),
     ("steps", "norms of the players added", "reduce(jnp.hypot, norms)", "sum(norms)"),
     ("steps", "statistics of the batch in evaluation", "state.carry, config=config, beta=beta, train=False)", "state.carry, config=config, beta=beta)"),

@@ -218,6 +218,7 @@ def vae(context: Context, n_cells: int, n_genes: int, n_hidden: int, n_latent: i
         )
         if context.peers:
             sides["SCVI"] = peers.scvi_step(batch, n_hidden, n_latent, device=device)
+        sides["jax, least"] = jax_least(batch["counts"], n_hidden, device)
         sides["jax GEMM"] = jax_gemm(n_cells, n_genes, n_hidden, device)
         sides["torch GEMM"] = torch_gemm(n_cells, n_genes, n_hidden, device)
         return sides
@@ -331,6 +332,52 @@ def jax_gemm(n_cells: int, n_genes: int, n_hidden: int, device: str) -> Side:
     arrays = jax_put(_matrices(n_cells, n_genes, n_hidden), device)
     compiled = jax.jit(_products(matmul, lambda a: a.T))
     return Side(lambda: jax.block_until_ready(compiled(*arrays)), None, note=NOTE)
+
+
+LEAST = "products, log1p, softmax, a log and two quotients of every entry, Adam of two matrices: a floor, not a step"
+
+
+def jax_least(x: np.ndarray, n_hidden: int, device: str) -> Side:
+    """What a step takes at least: the passes that no way of writing it avoids, many steps in one call.
+
+    There is one hidden layer and no latent between, and neither bias, table, clip, guard nor metrics.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pf_jax.layers import matmul
+
+    n_cells, n_genes = x.shape
+    shapes = (n_genes, n_hidden), (n_hidden, n_genes)
+    weights = [0.01 * normal(SEED, f"bench.least.{k}", n_hidden, shape) for k, shape in enumerate(shapes)]
+    batches, library = jax_put((repeat({"x": x}, STEPS)["x"], x.sum(1, keepdims=True) + 1.0), device)
+
+    def step(state: Any, x: Any) -> tuple[Any, Any]:
+        (first, last), *_ = state
+        inputs = jnp.log1p(x)
+        h = jnp.maximum(matmul(inputs, first), 0.0)
+        share = jax.nn.softmax(matmul(h, last))
+        mu = library * share
+        by_mu = x / mu - (x + 1.0) / (mu + 1.0)
+        loss = ((x + 1.0) * jnp.log(mu + 1.0)).sum()
+        out = (mu * by_mu - share * (mu * by_mu).sum(1, keepdims=True)) / n_cells
+        inner = jnp.where(h > 0.0, matmul(out, last.T), 0.0)
+        grads = matmul(inputs.T, inner), matmul(h.T, out)
+
+        def adam(p: Any, m: Any, v: Any, g: Any) -> tuple[Any, Any, Any]:
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+            return p - 1e-4 * m / (jnp.sqrt(v) + 1e-8), m, v
+
+        updated = [adam(*each) for each in zip(*state, grads, strict=True)]
+        return tuple(zip(*updated, strict=True)), loss
+
+    run = jax.jit(lambda state: jax.lax.scan(step, state, batches), donate_argnums=0)
+    held = [tuple(tuple(f(w) for w in jax_put(weights, device)) for f in (jnp.array, jnp.zeros_like, jnp.zeros_like))]
+
+    def call() -> None:
+        held.append(jax.block_until_ready(run(held.pop()))[0])
+
+    return Side(call, None, STEPS, LEAST)
 
 
 def torch_gemm(n_cells: int, n_genes: int, n_hidden: int, device: str) -> Side:

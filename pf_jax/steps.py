@@ -383,24 +383,36 @@ def _unpack(packed: Arrays, like: Arrays) -> Arrays:
     return tree
 
 
-def _moving(state: TrainState) -> TrainState:
+class _Bounds(NamedTuple):
+    """Upper bounds of the sizes of everything in params, m and v, each ()."""
+
+    params: jax.Array
+    m: jax.Array
+    v: jax.Array
+
+
+def _moving(state: TrainState) -> tuple[TrainState, _Bounds]:
     """What a step changes, packed."""
-    return state._replace(params=_pack(state.params), frozen={}, m=_pack(state.m), v=_pack(state.v))
+    state = state._replace(params=_pack(state.params), frozen={}, m=_pack(state.m), v=_pack(state.v))
+    largest = lambda tree: jnp.stack([jnp.abs(leaf).max() for leaf in tree.values()]).max()
+    return state, _Bounds(largest(state.params), largest(state.m), largest(state.v))
 
 
-def _settled(moving: TrainState, like: TrainState) -> TrainState:
+def _settled(moving: tuple[TrainState, _Bounds], like: TrainState) -> TrainState:
     """The state of `_moving`, with the names and the frozen parameters of like."""
-    params, m, v = (_unpack(tree, like.params) for tree in (moving.params, moving.m, moving.v))
-    return moving._replace(params=params, frozen=like.frozen, m=m, v=v)
+    state, _ = moving
+    params, m, v = (_unpack(tree, like.params) for tree in (state.params, state.m, state.v))
+    return state._replace(params=params, frozen=like.frozen, m=m, v=v)
 
 
-def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper, config: Config):
+def _step(stage: str, moving: tuple[TrainState, _Bounds], like: TrainState, batch, noise, hyper, config: Config):
     """One step of what `_moving` returns; like gives names, shapes and frozen parameters."""
-    dtype = next(iter(moving.params.values())).dtype
+    before, bounds = moving
+    dtype = next(iter(before.params.values())).dtype
     lr, beta = jnp.asarray(hyper["lr"], dtype), jnp.asarray(hyper["beta"], dtype)
     n_micro = jax.tree.leaves(batch)[0].shape[0]
     settings = _settings(stage, config)
-    ok, new, parts, raw, values, norms = jnp.array(True), moving, {}, {}, [], []
+    ok, new, parts, raw, values, norms = jnp.array(True), before, {}, {}, [], []
     for turn in (_RIVAL, "") if stage == "cvae" else (None,):
         trained = _unpack(new.params, like.params)
         own = {name: value for name, value in trained.items() if turn in (None, _player(name))}
@@ -432,13 +444,14 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
         def update(old, grads):
             clipped, _ = clip_by_global_norm(grads, settings.max_norm)
             params, m, v = old
-            return adam_update(params, clipped, m, v, moving.count, lr=lr, weight_decay=settings.weight_decay)
+            return adam_update(params, clipped, m, v, before.count, lr=lr, weight_decay=settings.weight_decay)
 
         # The guard: a step that is not finite leaves no trace, not even in the count or what is carried. Looking at new
         # arrays keeps them from being written in place, which costs more than Adam; where bounds do not say that they
         # are finite, they are computed for the look alone.
         look = lambda old, grads, update=update: _finite(*jax.tree.leaves(update(old, grads)))
-        sure = _surely_finite(old, norm, lr, settings)
+        bounds = _after_adam(bounds, norm, lr, settings)
+        sure = jnp.isfinite(4.0 * (bounds.params + bounds.m + bounds.v))  # 4 for rounding
         ok &= jnp.isfinite(norm) & jax.lax.cond(sure, lambda *_: jnp.array(True), look, old, grads)
         params, m, v, count = update(old, grads)
         new = TrainState(new.params | params, {}, new.m | m, new.v | v, count, carry)
@@ -447,18 +460,20 @@ def _step(stage: str, moving: TrainState, like: TrainState, batch, noise, hyper,
 
     each = jnp.sqrt(jnp.stack([(raw[name] ** 2).sum() for name in sorted(raw)]))
     metrics = {"loss": values[-1], "grad_norm": reduce(jnp.hypot, norms), "ok": ok, "parts": parts}
-    return jax.tree.map(partial(jnp.where, ok), new, moving), metrics | {"param_grad_norm": each}
+    kept, bounds = jax.tree.map(partial(jnp.where, ok), (new, bounds), moving)
+    return (kept, bounds), metrics | {"param_grad_norm": each}
 
 
 def _finite(*leaves: jax.Array) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _surely_finite(old: list[Arrays], norm: jax.Array, lr: jax.Array, settings: StageConfig) -> jax.Array:
-    """Whether bounds alone show that Adam's results are finite: cheaper than looking at them."""
-    p, m, v = (jnp.stack([jnp.abs(leaf).max() for leaf in tree.values()]).max() for tree in old)
-    largest = 10.0 * (m + norm) / ADAM_EPS
-    return jnp.isfinite(v + norm * norm) & jnp.isfinite(p + lr * (largest + settings.weight_decay * p))
+def _after_adam(bounds: _Bounds, norm: jax.Array, lr: jax.Array, settings: StageConfig) -> _Bounds:
+    """Bounds of Adam's results; that of the parameters grows fast, and every call begins with the sizes as they are."""
+    m, v = jnp.maximum(bounds.m, norm), jnp.maximum(bounds.v, norm * norm)
+    # The correction of the first step may make m ten times as large.
+    step = 10.0 * m / ADAM_EPS + settings.weight_decay * bounds.params
+    return _Bounds(bounds.params + lr * step, m, v)
 
 
 @partial(jax.jit, static_argnames=("stage", "config"))
