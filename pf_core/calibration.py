@@ -18,6 +18,9 @@ the controls are brought to the controls' level by a factor for each gene, and w
 to every cell alike.
 
 Counts per cell change too; library_size.py measures that, and says something of combinations that training did not see.
+The decoded change of such a combination is left as it is: corrections of its members do not add, they share the noise
+of the same controls. How far it may be off is taken from combinations that training did see, as they are predicted by
+something of about the same accuracy that has not seen them, the sum of their members' mean shifts in latent space.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ import numpy as np
 from pf_core.baselines import Context
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, strata
+from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, spread, strata
 from pf_core.labels import Members, condition_label, parse_condition
 from pf_core.library_size import LibraryChanges, Observed, from_json, library_changes, to_json
 from pf_core.outputs import Csr
@@ -117,12 +120,12 @@ class Calibration:
     controls: dict[Context, LogProfile] = field(default_factory=dict)
     separator: str = "+"
     library: LibraryChanges = field(default_factory=LibraryChanges)
+    unseen: np.ndarray | None = None  # (n_genes,) variance of the error of the decoded change of an unseen combination
 
     def of(self, members: Members, context: Context, controls: LogProfile) -> Carried | None:
         """What is carried over to a condition in a context (tissue, cell type) with these controls.
 
-        None for a condition that training did not see: corrections of its members do not add, they share the noise of
-        the same controls.
+        None for a condition that training did not see.
         """
         known = self.known.get(condition_label(members, self.separator))
         if known is None:
@@ -147,6 +150,18 @@ class Calibration:
         residual = shrink(residual, shares**2 @ errors, strata(mean_change(changes, errors)))
         return Carried(residual.mean, krige(changes, errors, squares))
 
+    def variance(self, members: Members, carried: Carried | None) -> np.ndarray | None:
+        """(n_genes,) variance of what is not known of the change of a condition; None where nothing says how large.
+
+        Args:
+            members: the condition.
+            carried: from `of`.
+        """
+        if carried is not None:
+            return carried.change.variance
+        met = all(name in self.library.largest for name, _ in members)
+        return self.unseen if met and len(members) > 1 else None
+
 
 @dataclass(frozen=True)
 class Correction:
@@ -154,7 +169,7 @@ class Correction:
 
     factor: np.ndarray  # (n_genes,) multiplies decoded means before
     shift: np.ndarray  # (n_genes,) added to them, times the library, after
-    change: Change  # of log_rate of the mean profile
+    change: np.ndarray  # (n_genes,) of log_rate of the mean profile
 
 
 def correction(
@@ -171,7 +186,6 @@ def correction(
     if not known:
         return None
     change = log_rate(after) - log_rate(before) + sum(one.residual for one in known)
-    variance = sum(one.change.variance for one in known)
     if len(known) == len(carried):
         change = 0.5 * change + 0.5 * sum(one.change.mean for one in known)
     rate = log_rate(before)
@@ -180,18 +194,21 @@ def correction(
     profile, moved = (np.maximum(np.exp(value) - PSEUDO, 0.0) / NORMALISED_TOTAL for value in (rate, rate + change))
     moved *= np.divide(profile.sum(), moved.sum(), out=np.ones(()), where=moved.sum() > 0)
     factor = np.divide(profile, before, out=np.ones_like(before), where=before > 0)
-    return Correction(factor, moved - profile, Change(log_rate(moved) - log_rate(profile), np.asarray(variance)))
+    return Correction(factor, moved - profile, log_rate(moved) - log_rate(profile))
 
 
-def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray) -> Calibration:
+def calibrate(
+    dataset: Dataset, groups: Sequence[Group], before: np.ndarray, after: np.ndarray, added: np.ndarray
+) -> Calibration:
     """Measure all training conditions.
 
     Args:
         dataset: with the model's genes.
         groups: training conditions without control; batches of one condition and context are pooled.
-        before, after: (n_groups, n_genes) mean decoded profiles of each group's controls, as they are and moved.
+        before, after, added: (n_groups, n_genes) mean decoded profiles of each group's controls: as they are, moved by
+            the operator, and moved by the sum of the latent shifts of the members of a combination; NaN for others.
     """
-    decoded = log_rate(after) - log_rate(before)
+    decoded, summed = log_rate(after) - log_rate(before), log_rate(added) - log_rate(before)
     cells = np.unique(np.concatenate([part for group in groups for part in (group.cells, group.controls)]))
     typical = typical_profile(dataset.rows(cells), dataset.library()[cells])
 
@@ -208,37 +225,47 @@ def calibrate(dataset: Dataset, groups: Sequence[Group], before: np.ndarray, aft
         spread = (n * depth[cells].var() + SPREAD_CELLS * common) / (n + SPREAD_CELLS)
         return float(depth[cells].mean()), float(max(spread, MIN_SPREAD) / n)
 
-    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, Change]]] = {}
+    parts: dict[tuple[str, Context], list[tuple[float, np.ndarray, np.ndarray, Change]]] = {}
     depths: dict[tuple[str, Context], list[tuple[float, float]]] = {}
     controls_of: dict[Context, list[np.ndarray]] = {}
-    for group, change in zip(groups, decoded, strict=True):
+    for group, change, by_sum in zip(groups, decoded, summed, strict=True):
         moved, controls = measured(group.cells), measured(group.controls)
         observed = Change(moved.value - controls.value, moved.error + controls.error)
         n = len(group.cells) * len(group.controls) / (len(group.cells) + len(group.controls))
         context = group.tissue, group.cell_type
-        parts.setdefault((group.label, context), []).append((n, observed.mean - change, observed))
+        parts.setdefault((group.label, context), []).append((n, change, by_sum, observed))
         controls_of.setdefault(context, []).append(group.controls)
         (after_mean, after_error), (mean, error) = log_library(group.cells), log_library(group.controls)
         depths.setdefault((group.label, context), []).append((after_mean - mean, after_error + error))
     found = Calibration(typical, separator=dataset.config.separator)
-    observed = []
+    observed, sums = [], []
     for (label, context), several in parts.items():
-        sizes = np.array([n for n, _, _ in several])
+        sizes = np.array([n for n, *_ in several])
         shares = sizes / sizes.sum()
-        found.known.setdefault(label, {})[context] = Known(
-            residual=shares @ np.stack([difference for _, difference, _ in several]),
-            change=Change(
-                shares @ np.stack([one.mean for _, _, one in several]),
-                shares**2 @ np.stack([one.variance for _, _, one in several]),
-            ),
-            weight=float(sizes.sum() / (sizes.sum() + MIN_MATCHED)),
+        change, by_sum, mean = (
+            shares @ np.stack(some) for some in zip(*((c, s, one.mean) for _, c, s, one in several), strict=True)
         )
+        change_here = Change(mean, shares**2 @ np.stack([one.variance for *_, one in several]))
+        weight = float(sizes.sum() / (sizes.sum() + MIN_MATCHED))
+        found.known.setdefault(label, {})[context] = Known(mean - change, change_here, weight)
+        if np.isfinite(by_sum).all():
+            sums.append((by_sum, change_here))
         values, errors = np.array(depths[label, context]).T
         members = parse_condition(label, dataset.config)
         observed.append(Observed(members, context, float(shares @ values), float(shares**2 @ errors)))
     for context, pieces in controls_of.items():
         found.controls[context] = measured(np.unique(np.concatenate(pieces)))
-    return replace(found, library=library_changes(observed))
+    return replace(found, library=library_changes(observed), unseen=_unseen(sums))
+
+
+def _unseen(sums: Sequence[tuple[np.ndarray, Change]]) -> np.ndarray | None:
+    """The variance of the errors of predicted changes, given beside the observed ones; None where there are none."""
+    if not sums:
+        return None
+    predicted, observed, errors = (
+        np.stack(some) for some in zip(*((by_sum, one.mean, one.variance) for by_sum, one in sums), strict=True)
+    )
+    return spread(observed - predicted, errors, strata(np.abs(predicted).mean(0)))
 
 
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
@@ -255,7 +282,8 @@ def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:
         "contexts": [context for context, _ in contexts],
         "library": to_json(calibration.library),
     }
-    return {
+    unseen = {} if calibration.unseen is None else {"unseen": calibration.unseen.astype(np.float32)}
+    return unseen | {
         "typical": calibration.typical,
         "residuals": np.array([one.residual for *_, one in rows], np.float32),
         "weights": np.array([one.weight for *_, one in rows]),
@@ -272,7 +300,8 @@ def from_arrays(arrays: dict[str, np.ndarray]) -> Calibration:
     """The calibration that to_arrays wrote."""
     names = json.loads(arrays["names"].tobytes())
     values = {key: np.asarray(array, np.float64) for key, array in arrays.items() if key != "names"}
-    found = Calibration(values["typical"], separator=names["separator"], library=from_json(names["library"]))
+    library = from_json(names["library"])
+    found = Calibration(values["typical"], separator=names["separator"], library=library, unseen=values.get("unseen"))
     for index, (label, tissue, cell_type) in enumerate(names["rows"]):
         change = Change(values["changes"][index], values["change_errors"][index])
         one = Known(values["residuals"][index], change, float(values["weights"][index]))

@@ -16,6 +16,7 @@ from scipy import sparse
 
 from pf_core import backends, data, genes, splits
 from pf_core.backends import Backend
+from pf_core.baselines import Shift, Shifts, profiles
 from pf_core.batches import CellSource, ConditionSource, JointSource, Vocabulary, conditions
 from pf_core.calibration import MAX_CELLS, calibrate, to_arrays
 from pf_core.checkpoint import Run
@@ -27,7 +28,7 @@ from pf_core.errors import ConfigError, DataError, RunError, nearest
 from pf_core.evaluation import Judged, Reference
 from pf_core.initial import Parameters, Sizes, operator_parameters, vae_parameters
 from pf_core.judgement import judge_run
-from pf_core.labels import CONTROL, UNKNOWN, vocabulary
+from pf_core.labels import CONTROL, UNKNOWN, condition_label, parse_condition, vocabulary
 from pf_core.model import Model, read_config, read_vocabulary, vocabulary_json
 from pf_core.outputs import BLOCK
 from pf_core.splits import Split
@@ -322,8 +323,12 @@ def _train(
     return stage("joint", joint, params, trainable=lambda name: name != "conditions.features", carry=carry)
 
 
-def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean decoded profiles (n_groups, n_genes) of the controls of each group, before and after its operator."""
+def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) -> tuple[np.ndarray, ...]:
+    """Mean decoded profiles (n_groups, n_genes) of the controls of each group.
+
+    As they are; moved by the group's operator; and moved by the sum of the mean latent shifts of a combination's
+    members, NaN where the group is no combination or a member was never given alone.
+    """
     found = model.backend.operators(
         model.params, conditions(groups, dataset.perturbations, model.vocabulary, model.config.dtype), model.config
     )
@@ -331,21 +336,38 @@ def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) ->
     cells, row = np.concatenate(chosen), np.repeat(np.arange(len(groups)), [len(some) for some in chosen])
     distinct, place = np.unique(cells, return_inverse=True)
     z0 = model.encode(dataset, distinct)[place]
-    z1 = np.empty_like(z0)
-    for index in range(len(groups)):
-        z1[row == index] = z0[row == index] @ found["A"][index].T + found["b"][index]
+    moved, added = np.empty_like(z0), np.empty_like(z0)
+    for index, shift in enumerate(summed_shifts(model, dataset, groups)):
+        here = row == index
+        moved[here] = z0[here] @ found["A"][index].T + found["b"][index]
+        added[here] = z0[here] + shift
     tissue = model.vocabulary.codes("tissues", dataset.tissue)[cells]
     library = dataset.library()[cells].astype(model.config.dtype)
-    totals = np.zeros((2, len(groups), dataset.n_genes))
+    totals = np.zeros((3, len(groups), dataset.n_genes))
     for start in range(0, len(cells), BLOCK):
         rows = slice(start, start + BLOCK)
         weight = sparse.csr_matrix(
             (1.0 / library[rows], (row[rows], np.arange(len(row[rows])))), (len(groups), len(row[rows]))
         )
-        for total, z in zip(totals, (z0, z1), strict=True):
+        for total, z in zip(totals, (z0, moved, added), strict=True):
             total += weight @ model.decode(z[rows], tissue[rows], library[rows])
-    before, after = totals / np.bincount(row)[:, None]
-    return before, after
+    return tuple(totals / np.bincount(row)[:, None])
+
+
+def summed_shifts(model: Model, dataset: Dataset, groups: Sequence[Group]) -> np.ndarray:
+    """(n_groups, n_latent) sum of the mean latent shifts of the members of each combination, NaN where not known."""
+    cells = np.unique(np.concatenate([part for group in groups for part in (group.cells, group.controls)]))
+    latents = model.encode(dataset, cells)
+    names = (dataset.label[cells], dataset.tissue[cells], dataset.cell_type[cells])
+    shifts = Shifts(profiles(lambda rows: latents[rows], *names))
+    sums = np.full((len(groups), latents.shape[1]), np.nan, latents.dtype)
+    for row, group in zip(sums, groups, strict=True):
+        members = parse_condition(group.label, dataset.config)
+        alone = [condition_label((member,), dataset.config.separator) for member in members]
+        found = shifts.sum_of(alone, (group.tissue, group.cell_type))
+        if len(alone) > 1 and isinstance(found, Shift):
+            row[:] = found.value
+    return sums
 
 
 def validation_groups(dataset: Dataset, split: Split) -> list[Group]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Change", "corrected_squares", "krige", "mean_change", "shrink", "strata"]
+__all__ = ["Change", "corrected_squares", "krige", "mean_change", "shrink", "spread", "strata"]
 
 SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
@@ -100,6 +100,20 @@ def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> C
         mean[genes] = centre + kept
         variance[genes] = (posterior * (SCALES * error / total + given**2)).sum(1) - kept**2
     return Change(mean, variance)
+
+
+def spread(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    """What is likely of the variance s_g^2 of values (n, n_genes) around 0 measured with variances errors.
+
+    value_ig = s_g N(0, 1) + error_ig, with the prior of s_g^2 as for `krige`, learned within each part; its posterior
+    mean, (n_genes,).
+    """
+    variance = np.empty(values.shape[1])
+    for genes in parts:
+        total = SCALES + errors[:, genes, None]
+        posterior, _ = _posterior(-0.5 * (values[:, genes, None] ** 2 / total + np.log(total)).sum(0))
+        variance[genes] = posterior @ SCALES
+    return variance
 
 
 def _krige(changes: np.ndarray, errors: np.ndarray, squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

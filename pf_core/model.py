@@ -12,8 +12,9 @@ import numpy as np
 
 from pf_core import backends, data, genes
 from pf_core.backends import Arrays, Backend
+from pf_core.baselines import Context
 from pf_core.batches import Vocabulary
-from pf_core.calibration import Calibration, Correction, correction, from_arrays, measure
+from pf_core.calibration import Calibration, Correction, correction, from_arrays, log_rate, measure
 from pf_core.checkpoint import Run
 from pf_core.config import Config, Output, from_dict
 from pf_core.errors import PredictionError, RunError, nearest
@@ -34,7 +35,7 @@ class Forecast(NamedTuple):
 
     z0: np.ndarray  # (n, n_latent) latents before
     points: list[tuple[np.ndarray, Means]]  # per time: latents there, means of a block of cells before and there
-    changes: dict[tuple[str, str], Change]  # of log mean profiles, by (tissue, cell type), where calibrated
+    changes: dict[Context, Change]  # of log mean profiles, where it is known how far they may be off
     library: np.ndarray  # (n,) change of each cell's log library at the end, 0 where nothing is known
 
 
@@ -258,14 +259,14 @@ class Model(LatentModel):
 
         Returns:
             Latents before; per time the latents there with the means (mu0, mu1) of a block of the cells, decoded when
-            asked for and calibrated; the calibrated changes; and how the log library of each cell changes.
+            asked for and calibrated; the changes of the mean profiles; and how the log library of each cell changes.
         """
         z0 = z1 = self.encode(dataset, cells)
         for members in steps:
             z1 = self.move(dataset, z1, cells, members)
         tissue = self.vocabulary.codes("tissues", dataset.tissue[cells])
         library = dataset.library()[cells].astype(self.config.dtype)
-        rows_of, corrections, depths = self._corrections(dataset, cells, steps, z0, z1)
+        rows_of, corrections, changes, depths = self._corrections(dataset, cells, steps, z0, z1)
         deeper = depths[rows_of]
 
         def at(time: float) -> tuple[np.ndarray, Means]:
@@ -284,31 +285,36 @@ class Model(LatentModel):
 
             return z, means
 
-        changes = {context: found.change for context, found in corrections.items() if found is not None}
         return Forecast(z0, [at(time) for time in times], changes, deeper)
 
     def _corrections(
         self, dataset: data.Dataset, cells: np.ndarray, steps: Sequence[Members], z0: np.ndarray, z1: np.ndarray
-    ) -> tuple[np.ndarray, dict[tuple[str, str], Correction | None], np.ndarray]:
-        """Context of every cell; of each context the correction, and the change of the log library."""
+    ) -> tuple[np.ndarray, dict[Context, Correction | None], dict[Context, Change], np.ndarray]:
+        """Context of every cell; of each context the correction, the change, and that of the log library."""
         keys = list(zip(dataset.tissue[cells], dataset.cell_type[cells], strict=True))
-        found: dict[tuple[str, str], Correction | None] = dict.fromkeys(sorted(set(keys)))
+        found: dict[Context, Correction | None] = dict.fromkeys(sorted(set(keys)))
         place = {context: row for row, context in enumerate(found)}
         rows_of = np.array([place[key] for key in keys])
+        changes: dict[Context, Change] = {}
         depths = np.zeros(len(found))
         if self.calibration is None:
-            return rows_of, found, depths
+            return rows_of, found, changes, depths
         for context, row in place.items():
             depths[row] = sum(self.calibration.library.of(members, context) for members in steps)
             here = np.flatnonzero(rows_of == row)
             library = dataset.library()[cells[here]]
             controls = measure(dataset.rows(cells[here]), library, self.calibration.typical)
             carried = [self.calibration.of(members, context, controls) for members in steps]
-            if any(one is not None for one in carried):
-                tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
-                decoded = [self._mean_profile(z[here], tissue, library) for z in (z0, z1)]
-                found[context] = correction(controls, decoded[0], decoded[1], carried)
-        return rows_of, found, depths
+            variances = [self.calibration.variance(*step) for step in zip(steps, carried, strict=True)]
+            if all(one is None for one in (*carried, *variances)):
+                continue
+            tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
+            before, after = (self._mean_profile(z[here], tissue, library) for z in (z0, z1))
+            one = found[context] = correction(controls, before, after, carried)
+            if all(variance is not None for variance in variances):
+                change = log_rate(after) - log_rate(before) if one is None else one.change
+                changes[context] = Change(change, np.sum(variances, axis=0))
+        return rows_of, found, changes, depths
 
     def _mean_profile(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:
         """(n_genes,) mean over cells of decoded means divided by library."""
@@ -342,9 +348,10 @@ class Model(LatentModel):
         Returns:
             AnnData with predicted counts in X, obs of the controls with the new perturbation, latents before and after
             in obsm["X_control_latent"] and obsm["X_latent"], and in obs["library_change"] the change of the log of the
-            counts per cell that the means were given (library_size.py). Where training saw the perturbation in other
-            contexts, varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean profile,
-            one column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation.
+            counts per cell that the means were given (library_size.py). Where training saw the perturbation, in this
+            context or another, varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean
+            profile, one column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation; so
+            too for a combination that training did not see, where it saw other combinations and their members alone.
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.

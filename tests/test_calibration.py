@@ -28,8 +28,9 @@ def calibrated():
     dataset = data.load(small(), DataConfig())
     groups = [g for g in data.groups(dataset, np.arange(dataset.n_cells)) if g.label != CONTROL]
     rng = generator(41, "test_calibration.decoded")
-    before, after = _profiles(rng, 2, len(groups), dataset.n_genes)
-    return dataset, groups, calibrate(dataset, groups, before, after)
+    before, after, added = _profiles(rng, 3, len(groups), dataset.n_genes)
+    added[[group.label != "A+B" for group in groups]] = np.nan
+    return dataset, groups, calibrate(dataset, groups, before, after, added)
 
 
 def test_the_library_of_a_condition_is_measured_and_predicted():
@@ -39,7 +40,7 @@ def test_the_library_of_a_condition_is_measured_and_predicted():
     dataset = data.load(adata, DataConfig(min_counts=0))
     groups = [g for g in data.groups(dataset, np.arange(dataset.n_cells)) if g.label not in (CONTROL, "A+B")]
     before, after = _profiles(generator(67, "test_calibration.library"), 2, len(groups), dataset.n_genes)
-    library = calibrate(dataset, groups, before, after).library
+    library = calibrate(dataset, groups, before, after, np.full_like(before, np.nan)).library
     assert library.of((("A", 1.0),), ("t1", "x")) == pytest.approx(0.0, abs=0.08)
     assert library.of((("B", 1.0),), ("t1", "x")) == pytest.approx(np.log(3), abs=0.08)
     for unseen in ((("B", 1.0),), (("A", 1.0), ("B", 1.0))):
@@ -106,7 +107,7 @@ def test_means_take_up_the_mean_of_both_answers_and_a_well_measured_level(calibr
     p0 = before * found.factor
     p1 = p0 + found.shift
     np.testing.assert_allclose(log_rate(p0), here.value, atol=1e-4)
-    np.testing.assert_allclose(log_rate(p1) - log_rate(p0), found.change.mean, atol=1e-9)
+    np.testing.assert_allclose(log_rate(p1) - log_rate(p0), found.change, atol=1e-9)
     np.testing.assert_allclose(p1.sum(), p0.sum())
     answers = log_rate(after) - log_rate(before) + carried.residual, carried.change.mean
     wanted = np.maximum(np.exp(here.value + sum(answers) / 2) - 0.3, 0.0)
@@ -140,7 +141,7 @@ def test_a_condition_that_is_not_known_among_two_leaves_the_decoded_change_in_fu
     alone, both = (correction(here, before, after, some) for some in ([carried], [carried, None]))
     assert alone is not None
     assert both is not None
-    assert not np.allclose(alone.change.mean, both.change.mean)
+    assert not np.allclose(alone.change, both.change)
 
 
 def test_contexts_are_pooled_by_their_sizes_and_the_own_one_counts_with_its_weight(calibrated, monkeypatch):
@@ -172,6 +173,57 @@ def test_a_calibration_survives_the_disk(calibrated):
     assert two is not None
     np.testing.assert_allclose(one.residual, two.residual, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(one.change.mean, two.change.mean, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(again.unseen, calibration.unseen, rtol=1e-6)
+    none = dataclasses.replace(calibration, unseen=None)
+    assert from_arrays(to_arrays(none)).unseen is None
+
+
+def test_the_error_of_unseen_combinations_is_that_of_sums_of_members_in_training():
+    adata = small(900)
+    dataset = data.load(adata, DataConfig(min_counts=0))
+    groups = [g for g in data.groups(dataset, np.arange(dataset.n_cells)) if g.label != CONTROL]
+    measured = np.array([_observed(dataset, group) for group in groups])
+    before = _profiles(generator(71, "test_calibration.unseen"), dataset.n_genes)[None].repeat(len(groups), 0)
+    pairs = np.array([group.label == "A+B" for group in groups])
+
+    def error(off: float) -> np.ndarray:
+        wrong = off * generator(73, "test_calibration.wrong").choice([-1.0, 1.0], measured.shape)
+        added = (np.exp(log_rate(before) + measured + wrong) - 0.3) / 1e4
+        added[~pairs] = np.nan
+        found = calibrate(dataset, groups, before, before, added)
+        assert found.variance((("A", 1.0),), None) is None
+        assert found.variance((("A", 1.0), ("Z", 1.0)), None) is None
+        assert found.variance((("A", 1.0), ("GENE3", 1.0)), None) is found.unseen
+        return np.sqrt(found.unseen)
+
+    assert error(0.0).mean() < 0.2
+    assert 1.2 < np.median(error(1.5)) < 1.8
+
+
+def test_predictions_of_unseen_combinations_have_a_change_and_its_error():
+    model = known_model({"A": row(), "B": row(beta=(1.0,))}, BASES, SHIFTS, tissues=("t1",))
+    adata = small(60, n_genes=G)
+    adata = adata[adata.obs["tissue"] == "t1"].copy()
+    adata.var_names = list(model.vocabulary.genes)
+    adata.obs["perturbation"] = "control"
+    variance = np.linspace(0.01, 0.04, G)
+    model.calibration = Calibration(np.full(G, 1 / G), library=LibraryChanges({"A": 1.0, "B": 1.0}), unseen=variance)
+    found, same = (model.predict(adata, name, output="mean") for name in ("A+B", "control"))
+    assert list(found.uns["pf"]["contexts"]) == ["t1, x", "t1, y"]
+    np.testing.assert_allclose(found.varm["change_sd"], np.sqrt(variance)[:, None].repeat(2, 1))
+    library = np.asarray(adata.X.sum(1))
+    for column, name in enumerate("xy"):
+        here = (adata.obs["cell_type"] == name).to_numpy()
+        after, before = (log_rate(np.asarray((cells.X[here] / library[here]).mean(0))) for cells in (found, same))
+        np.testing.assert_allclose(found.varm["change"][:, column], (after - before).ravel(), atol=1e-5)
+    for known in (("A",), ("A", ["B"]), ("A+B", ["A"])):
+        assert "change" not in model.predict(adata, known[0], then=list(*known[1:])).varm
+
+
+def _observed(dataset, group):
+    typical = np.full(dataset.n_genes, 1e-2)
+    after, before = (measure(dataset.rows(c), dataset.library()[c], typical) for c in (group.cells, group.controls))
+    return after.value - before.value
 
 
 def test_coverage_counts_genes_inside_the_interval():
