@@ -305,13 +305,14 @@ class Model(LatentModel):
             library = dataset.library()[cells[here]]
             controls = measure(dataset.rows(cells[here]), library, self.calibration.typical)
             carried = [self.calibration.of(members, context, controls) for members in steps]
-            variances = [self.calibration.variance(*step) for step in zip(steps, carried, strict=True)]
-            if all(one is None for one in (*carried, *variances)):
+            found_variances = (self.calibration.variance(*step) for step in zip(steps, carried, strict=True))
+            variances = [variance for variance in found_variances if variance is not None]
+            if not variances:  # nor is anything carried
                 continue
             tissue = self.vocabulary.codes("tissues", dataset.tissue[cells[here]])
             before, after = (self._mean_profile(z[here], tissue, library) for z in (z0, z1))
             one = found[context] = correction(controls, before, after, carried)
-            if all(variance is not None for variance in variances):
+            if len(variances) == len(steps):
                 change = log_rate(after) - log_rate(before) if one is None else one.change
                 changes[context] = Change(change, np.sum(variances, axis=0))
         return rows_of, found, changes, depths
