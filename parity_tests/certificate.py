@@ -21,7 +21,7 @@ from parity_tests.bisect import first_divergence
 from parity_tests.cases import all_cases
 from parity_tests.certificate_page import page
 from parity_tests.compare import Result, run_case
-from parity_tests.sides import TIERS, MissingDevice, Side
+from parity_tests.sides import LOW, TIERS, MissingDevice, Side
 
 DEVICES = {"jax": ("cpu", "gpu", "tpu"), "torch": ("cpu", "gpu")}
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -61,7 +61,7 @@ def run(
 
     Args:
         devices: "cpu", "gpu", "tpu". One that this machine lacks is an error; one not asked for is listed as not run.
-        dtypes: "float64", "float32", "tf32", "bf16".
+        dtypes: "float64", "float32"; "tf32" and "bf16" for the dense layers of pairs without a "cpu".
         out: directory of certificate.json, certificate.md and certificate.html.
         mutants_too: plant the mutants as well, and write mutants.json with the kill matrix.
         only: a part of the names of the cases to run; the certificate says that it is partial.
@@ -73,6 +73,9 @@ def run(
     unknown = [name for name in devices if name not in DEVICES["jax"]] + [name for name in dtypes if name not in TIERS]
     if unknown or not devices or not dtypes:
         print(f"unknown device or dtype {unknown}; devices are cpu, gpu, tpu and dtypes {', '.join(TIERS)}")
+        return EXIT_USAGE
+    if set(dtypes) & set(LOW) and set(devices) <= {"cpu"}:
+        print(f"{' and '.join(LOW)} are of accelerators, and the devices are {', '.join(devices)}; add gpu")
         return EXIT_USAGE
     here = present()
     missing = [name for name in devices if name not in here["jax"] or (name != "tpu" and name not in here["torch"])]
@@ -95,6 +98,8 @@ def run(
 def _compare(chosen: list[tuple[str, str]], dtypes: Sequence[str], only: str) -> list[Result]:
     results = []
     for (on_jax, on_torch), tier in itertools.product(chosen, dtypes):
+        if tier in LOW and "cpu" in (on_jax, on_torch):
+            continue
         sides = (Side("jax", on_jax, tier), Side("torch", on_torch, tier))
         for case in all_cases():
             if only not in case.name or TIERS[tier][0] not in case.dtypes:

@@ -47,6 +47,7 @@ TIERS = {
     "tf32": ("float32", 2.0**-11, "tensorfloat32", "high"),
     "bf16": ("float32", 2.0**-8, "bfloat16", "medium"),
 }
+LOW = ("tf32", "bf16")  # of accelerators: XLA multiplies in float32 on processors, whatever is asked of it
 
 
 class MissingDevice(RuntimeError):
@@ -109,7 +110,8 @@ class Side:
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Device, width and matmul precision, set here and put back afterwards."""
-        with (_jax_context if self.framework == "jax" else _torch_context)(self):
+        below = self.namespace.layers.dense_precision(self.tier) if self.tier in LOW else contextlib.nullcontext()
+        with (_jax_context if self.framework == "jax" else _torch_context)(self), below:
             yield
 
     def array(self, value: Any) -> Any:

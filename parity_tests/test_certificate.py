@@ -24,6 +24,11 @@ def test_a_partial_certificate_says_that_it_is_partial(tmp_path: Path) -> None:
     assert "http" not in page
 
 
+def test_precision_of_accelerators_is_refused_on_processors(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert certificate.run(("cpu",), ("float32", "tf32"), tmp_path) == 2
+    assert "tf32 and bf16 are of accelerators" in capsys.readouterr().out
+
+
 def test_a_failure_is_in_the_certificate_and_in_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare, "judge", lambda errors, tier, c: compare.JAX_WRONG)
     assert certificate.run(("cpu",), ("float64",), tmp_path, only="gaussian_kl") == 1

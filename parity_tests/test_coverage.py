@@ -29,6 +29,8 @@ ELSEWHERE = {
     "Matrix": "ConditionalEncoder and GraphAttention cases",
     "MLP": "OperatorFamily cases (PyTorch)",
     "matmul": "every matrix product of the JAX twin",
+    "dense": "Linear cases; below float32 tests/test_precision.py",
+    "dense_precision": "tests/test_precision.py",
     "PRECISION": "a constant of JAX",
     "one_hot": "NBVAE cases (PyTorch)",
     "own": "every module (PyTorch)",

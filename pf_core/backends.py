@@ -208,12 +208,25 @@ class Backend(Protocol):
         ...
 
 
-def load(name: str, *, dtype: str = "float32", device: str = "cpu", compile: bool = False) -> Backend:
+def load(
+    name: str, *, dtype: str = "float32", device: str = "cpu", compile: bool = False, precision: str = "float32"
+) -> Backend:
     """The twin of that name, "jax" or "torch".
 
+    Args:
+        name, dtype, device, compile: see Backend.
+        precision: of the dense layers of the training that is to come, `Config.precision`.
+
     Raises:
-        ConfigError: no such twin, no such device, or a framework that is not installed (the message says how to).
+        ConfigError: no such twin, no such device, a precision that the device does not have, or a framework that is not
+            installed (the message says how to).
     """
+    have = {"cpu": ("float32",), "tpu": ("float32", "bf16")}.get(device, ("float32", "tf32", "bf16"))
+    if precision not in have:
+        raise ConfigError(
+            f"precision is {precision!r} on device {device!r}, which computes {' or '.join(have)}; "
+            "set precision to one of these, or take another device"
+        )
     if name not in INSTALL:
         raise ConfigError(f"backend is {name!r}; one of {', '.join(map(repr, INSTALL))} was wanted")
     try:

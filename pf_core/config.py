@@ -216,6 +216,7 @@ class Config:
 
     seed: int = 0
     dtype: Literal["float32", "float64"] = "float32"
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # dense layers in training; below float32 on accelerators
     system: Literal["operator", "flow"] = "operator"
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
@@ -234,6 +235,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _bounds("config", self, 0, "seed")
+        if self.dtype != "float32" and self.precision != "float32":
+            raise ConfigError(
+                f"precision is {self.precision!r} with dtype {self.dtype!r}; it is a setting of float32 runs"
+            )
         settings = (self.vae.input, self.vae.scale, self.vae.dispersion)
         if self.system == "flow" and settings != ("log1p", "library", "gene"):
             raise ConfigError(

@@ -63,7 +63,7 @@ def fit(
     """
     if config.system != "operator":
         raise ConfigError(f"system is {config.system!r}; pf_core.flow_fit.fit_flow trains it")
-    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    twin = backends.load(backend, dtype=config.dtype, precision=config.precision, device=device, compile=compile)
     dataset = data.load(source, config.data, backed=backed)
     fingerprint = dataset.fingerprint()
     split = splits.split(dataset, config.data, config.seed)
@@ -120,7 +120,7 @@ def resume(
     run, config, dataset, split = reopen(path, source)
     if config.system != "operator":
         raise RunError(f"{path} is a run of the {config.system} system; pf_core.flow_fit.resume_flow continues it")
-    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    twin = backends.load(backend, dtype=config.dtype, precision=config.precision, device=device, compile=compile)
     return _fit(run, config, dataset, split, read_vocabulary(run), twin, console)
 
 

@@ -74,7 +74,7 @@ def fit_flow(
         TrainingError: values stayed non-finite.
     """
     _check(config)
-    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    twin = backends.load(backend, dtype=config.dtype, precision=config.precision, device=device, compile=compile)
     couple = coupling.coupler(config.flow, twin)
     if beside is not None:
         flow_report.read_latents(Run.open(beside))  # before anything is trained
@@ -139,7 +139,7 @@ def resume_flow(
         RunError: not a run directory of the flow system, damaged, or the data are not those it was started with.
     """
     run, config, dataset, split, course = reopen(path, source)
-    twin = backends.load(backend, dtype=config.dtype, device=device, compile=compile)
+    twin = backends.load(backend, dtype=config.dtype, precision=config.precision, device=device, compile=compile)
     return _fit(run, config, dataset, course, split, twin, coupling.coupler(config.flow, twin), console)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from pf_core.config import LEAKY_SLOPE
 
-__all__ = ["PRECISION", "Linear", "Matrix", "Table", "leaky_relu", "matmul"]
+__all__ = ["PRECISION", "Linear", "Matrix", "Table", "dense", "dense_precision", "leaky_relu", "matmul"]
 
 # Named on every product: the default of recent accelerators is TF32, and a caller's setting must not change results.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -20,6 +21,47 @@ PRECISION = jax.lax.Precision.HIGHEST
 def matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """`x @ y` in full precision. Differentiated in both."""
     return jnp.matmul(x, y, precision=PRECISION)
+
+
+# What an accelerator rounds the factors of a product to; sums are float32. A processor would ignore "bf16".
+_DENSE = {
+    "float32": PRECISION,
+    "tf32": jax.lax.DotAlgorithmPreset.TF32_TF32_F32,
+    "bf16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+}
+_asked = "float32"
+
+
+@contextmanager
+def dense_precision(name: str) -> Iterator[None]:
+    """Within it, products of dense layers and those of their derivatives are made as named; other products are not.
+
+    What is traced within it keeps it.
+
+    Args:
+        name: "float32", "tf32" or "bf16": what the factors are rounded to, on devices that have it.
+    """
+    global _asked
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def dense(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """`x @ weight` as `dense_precision` says.
+
+    Differentiated in both.
+
+    Args:
+        x: (..., n_in).
+        weight: (n_in, n_out).
+
+    Returns:
+        (..., n_out).
+    """
+    return jnp.matmul(x, weight, precision=_DENSE[_asked])
 
 
 def leaky_relu(x: jax.Array) -> jax.Array:
@@ -48,7 +90,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.asarray(params["bias"]))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.weight[...]) + self.bias[...]
+        return dense(x, self.weight[...]) + self.bias[...]
 
 
 class Matrix(nnx.Module):
@@ -72,7 +114,7 @@ class Matrix(nnx.Module):
         Returns:
             (..., n_out).
         """
-        return matmul(x, self.weight[...])
+        return dense(x, self.weight[...])
 
 
 class Table(nnx.Module):

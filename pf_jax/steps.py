@@ -19,6 +19,7 @@ from pf_core.initial import select
 from pf_jax.conditions import ConditionEncoder
 from pf_jax.distances import energy_distance_grouped
 from pf_jax.flow_steps import cvae_loss, discriminator_loss, flow_loss, players_loss
+from pf_jax.layers import dense_precision
 from pf_jax.likelihood import elbo_loss
 from pf_jax.operators import OperatorFamily, apply_operator, identity_penalty
 from pf_jax.probe import record
@@ -430,7 +431,8 @@ def _step(stage: str, moving: tuple[TrainState, _Bounds], like: TrainState, batc
 
         # A scan with one turn is unrolled by the compiler; one body serves any number of micro-batches.
         zeros = jax.tree.map(jnp.zeros_like, _pack(own))
-        (carry, sums), reported = jax.lax.scan(accumulate, (new.carry, zeros), (batch, noise))
+        with dense_precision(config.precision):
+            (carry, sums), reported = jax.lax.scan(accumulate, (new.carry, zeros), (batch, noise))
         value, found = jax.tree.map(lambda leaf: leaf.mean(0), reported)
         parts |= found
         values.append(value)

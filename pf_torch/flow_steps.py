@@ -14,6 +14,7 @@ from pf_core.initial import select
 from pf_torch.cvae import CVAE
 from pf_torch.discriminator import Discriminator, adversary_loss, cross_entropy
 from pf_torch.flow import VectorField, flow_matching_loss
+from pf_torch.layers import dense_precision
 from pf_torch.likelihood import elbo_loss, reparameterize
 from pf_torch.probe import record
 from pf_torch.steps import (
@@ -196,7 +197,8 @@ def alternating_step(
     new_params, new_m, new_v, grads, results = {}, {}, {}, {}, []
     for player, loss_function in zip(names, (first, second), strict=True):
         trained, m, v = ({name: tree[name] for name in player} for tree in (state.params, state.m, state.v))
-        loss, parts, raw, carry = _gradients(loss_function, n, trained, state.carry)
+        with dense_precision(config.precision):
+            loss, parts, raw, carry = _gradients(loss_function, n, trained, state.carry)
         results.append((loss, parts, carry))
         if not player:  # nothing to train: its losses are reported, and nothing moves
             continue

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from pf_core.config import LEAKY_SLOPE
 from pf_core.initial import select
 
-__all__ = ["MLP", "Linear", "Matrix", "leaky_relu", "one_hot", "own", "softplus"]
+__all__ = ["MLP", "Linear", "Matrix", "dense", "dense_precision", "leaky_relu", "one_hot", "own", "softplus"]
 
 
 def own(module: nn.Module, name: str, value: Any, *, trainable: bool = True) -> None:
@@ -76,6 +77,87 @@ def leaky_relu(x: Tensor) -> Tensor:
     return torch.where(x > 0, x, LEAKY_SLOPE * x)
 
 
+_asked = "float32"
+
+
+@contextmanager
+def dense_precision(name: str) -> Iterator[None]:
+    """Within it, products of dense layers and those of their derivatives are made as named; other products are not.
+
+    What is computed within it keeps it, its derivatives taken later too.
+
+    Args:
+        name: "float32", "tf32" or "bf16": what the factors are rounded to, on devices that have it.
+    """
+    global _asked
+    before, _asked = _asked, name
+    try:
+        yield
+    finally:
+        _asked = before
+
+
+def dense(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight` as `dense_precision` says.
+
+    Differentiated in both.
+
+    Args:
+        x: (..., n_in).
+        weight: (n_in, n_out).
+
+    Returns:
+        (..., n_out).
+    """
+    if _asked == "float32":
+        return torch.matmul(x, weight)
+    return _Product.apply(x, weight, _asked)  # type: ignore[return-value]
+
+
+class _Product(torch.autograd.Function):
+    """A product below float32 whose derivatives are such products too."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, name: str) -> Tensor:
+        return _product(x, weight, name)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, weight, ctx.name = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        by_x, by_weight = None, None
+        if ctx.needs_input_grad[0]:
+            by_x = _Product.apply(grad, weight.mT, ctx.name)
+        if ctx.needs_input_grad[1]:
+            rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            by_weight = _Product.apply(rows.mT, grads, ctx.name)
+        return by_x, by_weight, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Any, weight_t: Any, _: Any) -> Any:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        parts = [] if x_t is None else [_product(x_t, weight, ctx.name)]
+        parts += [] if weight_t is None else [_product(x, weight_t, ctx.name)]
+        return sum(parts[1:], parts[0])
+
+
+def _product(x: Tensor, weight: Tensor, name: str) -> Tensor:
+    if name == "bf16":
+        # twin: JAX keeps the sums in float32; here they are rounded once more.
+        return torch.matmul(x.bfloat16(), weight.bfloat16()).to(x.dtype)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # PyTorch's name for TF32
+    try:
+        return torch.matmul(x, weight)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Linear(nn.Module):
     """A dense layer `x @ weight + bias`, weight (in, out).
 
@@ -92,7 +174,7 @@ class Linear(nn.Module):
         own(self, "bias", params["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.matmul(x, self.weight) + self.bias
+        return dense(x, self.weight) + self.bias
 
 
 class Matrix(nn.Module):
@@ -119,7 +201,7 @@ class Matrix(nn.Module):
         Returns:
             (..., n_out).
         """
-        return torch.matmul(x, self.weight)
+        return dense(x, self.weight)
 
 
 class MLP(nn.Module):

@@ -15,6 +15,7 @@ from pf_core.config import ADAM_B1, ADAM_B2, ADAM_EPS, CLIP_EPS, NORMALISED_TOTA
 from pf_core.initial import select
 from pf_torch.conditions import ConditionEncoder
 from pf_torch.distances import energy_distance_grouped
+from pf_torch.layers import dense_precision
 from pf_torch.likelihood import elbo_loss
 from pf_torch.operators import OperatorFamily, apply_operator, identity_penalty
 from pf_torch.probe import record
@@ -364,9 +365,9 @@ def train_step(
     n, carry = len(next(iter(batch.values()))), state.carry
     losses, all_parts, grads = [], [], {name: torch.zeros_like(p) for name, p in state.params.items()}
     for index in range(n):
-        loss, (parts, carry) = loss_function(
-            stage, {**state.frozen, **leaves}, micro(batch, index), micro(noise, index), carry, hyper["beta"], config
-        )
+        given = {**state.frozen, **leaves}, micro(batch, index), micro(noise, index), carry, hyper["beta"], config
+        with dense_precision(config.precision):
+            loss, (parts, carry) = loss_function(stage, *given)
         found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for (name, total), g in zip(grads.items(), found, strict=True):
             grads[name] = total if g is None else total + g / n
