@@ -190,14 +190,15 @@ def epistasis_scatter(pairs: Sequence[Epistasis]) -> str:
         x, y = np.array([one.relative for one in rows]), np.array([one.observed for one in rows])
         far = sorted(range(len(rows)), key=lambda i: -(x[i] / max(x.max(), 1e-12) + y[i] / max(y.max(), 1e-12)))[:NAMED]
         axes.plot(x, y, "o", color=REAL, markersize=6, markeredgecolor=PAPER, markeredgewidth=0.6)
-        taken: list[tuple[float, float]] = []
+        taken: list[tuple[float, float, float]] = []  # left, right and height of the names, in parts of the axes
         width, height = max(float(x.max()) * 1.18, 1e-9), max(float(y.max()) * 1.12, 1e-9)
         for i in far:  # names that would lie on each other are left to the table
-            spot = (x[i] / width, y[i] / height)
-            if all(abs(spot[0] - a) > 0.24 or abs(spot[1] - b) > 0.055 for a, b in taken):
+            text = short(f"{rows[i].first}+{rows[i].second}", 18)
+            at, end, long = x[i] / width, x[i] / width > 0.72, 0.018 * len(text)
+            left = at - long - 0.02 if end else at + 0.02
+            spot = (left, left + long, y[i] / height)
+            if all(spot[1] < a or spot[0] > b or abs(spot[2] - c) > 0.055 for a, b, c in taken):
                 taken.append(spot)
-                end = spot[0] > 0.72
-                text = short(f"{rows[i].first}+{rows[i].second}", 18)
                 axes.annotate(
                     text,
                     (x[i], y[i]),

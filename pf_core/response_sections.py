@@ -19,6 +19,7 @@ from pf_core.response_plots import correction_bars, epistasis_scatter, gene_bars
 __all__ = ["Response", "sections", "sentence"]
 
 AXES_SHOWN = 8
+ADDITIVE = 1e-3  # of the moves: a model with smaller departures predicts none
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,12 @@ def _epistasis(found: Sequence[Epistasis], figures: dict[str, str]) -> Section:
     if len(measured) >= 5 and len(set(x)) > 1 and len(set(y)) > 1:
         result: Any = spearmanr(x, y)
         note = f"Rank correlation of the two over {len(x)} pairs: {result.statistic:.2f} (p = {result.pvalue:.2g})."
+    departures = [one.predicted for one in found if math.isfinite(one.predicted)]
+    if departures and max(departures) < ADDITIVE:
+        note += (
+            " This model adds: its operators of pairs are the sums of their members', and no departure from addition"
+            " is predicted for a pair that was not measured."
+        )
     rows = sorted(found, key=lambda one: -(one.observed if math.isfinite(one.observed) else -1.0))
     table = tuple(
         (f"{o.first}+{o.second}", o.commutator, o.relative, o.predicted, o.observed, o.excess, o.n_cells) for o in rows

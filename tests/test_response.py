@@ -12,11 +12,12 @@ from scipy import sparse
 from pf_core import backends, cli, data
 from pf_core.batches import Vocabulary
 from pf_core.config import NORMALISED_TOTAL, Config, DataConfig, OperatorConfig, StageConfig, VAEConfig
-from pf_core.epistasis import epistasis, measured_pairs
+from pf_core.epistasis import Epistasis, epistasis, measured_pairs
 from pf_core.errors import PredictionError
 from pf_core.initial import Sizes, operator_parameters, vae_parameters
 from pf_core.model import Model
 from pf_core.response import Controls, across_tissues, axes, corrections, displacements, similarity
+from pf_core.response_sections import _epistasis
 from pf_core.simulate import simulate
 
 D, G, K = 4, 7, 3  # latents, genes, bases
@@ -200,6 +201,14 @@ def test_the_observed_departure_is_the_interaction_and_noise_for_addition(contro
     assert found[2.0].observed == pytest.approx(0.5, abs=0.04)
     assert found[2.0].excess > 20
     assert found[2.0].n_cells == 400
+
+
+def test_the_page_says_when_a_model_adds():
+    pairs = [Epistasis("A", name, 0.1, 0.02, 4e-7, 0.3, 1.2, 100) for name in "BCDEFG"]
+    says = [
+        _epistasis(found, {}).texts[-1] for found in (pairs, [*pairs, dataclasses.replace(pairs[0], predicted=0.05)])
+    ]
+    assert ["This model adds" in one for one in says] == [True, False]
 
 
 def test_contexts_differ_by_where_their_cells_lie_and_tissues_by_their_operators():
