@@ -352,7 +352,7 @@ class Model(LatentModel):
             counts per cell that the means were given (library_size.py). Where training saw the perturbation, in this
             context or another, varm["change"] holds the predicted change of log(0.3 + counts per 10,000) of the mean
             profile, one column per context of uns["pf"]["contexts"], and varm["change_sd"] its standard deviation; so
-            too for a combination that training did not see, where it saw other combinations and their members alone.
+            too for unseen combinations of perturbations that training saw (docs/math.md 11 says when).
 
         Raises:
             DataError, PredictionError: as `controls`, and for perturbations that the model cannot represent.
