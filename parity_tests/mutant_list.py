@@ -541,10 +541,10 @@ JAX: list[tuple[str, str, str, str]] = [
     (
         "layers",
         "weight transposed when square",
-        "matmul(x, self.weight[...]) +",
-        "matmul(x, self.weight[...].T if self.weight.shape[0] == self.weight.shape[1] else self.weight[...]) +",
+        "dense(x, self.weight[...]) +",
+        "dense(x, self.weight[...].T if self.weight.shape[0] == self.weight.shape[1] else self.weight[...]) +",
     ),
-    ("layers", "bias forgotten", "matmul(x, self.weight[...]) + self.bias[...]", "matmul(x, self.weight[...])"),
+    ("layers", "bias forgotten", "dense(x, self.weight[...]) + self.bias[...]", "dense(x, self.weight[...])"),
     ("layers", "rows of a table off by one", "return self.table[...][index]", "return self.table[...][index - 1]"),
     ("probe", "a name met again overwrites", "while key in store:", "while False:"),
     (
@@ -629,7 +629,7 @@ TORCH: list[tuple[str, str, str, str]] = [
     ("vae", "gelu in the decoder", "torch.relu(self.hidden(torch.cat([z, code], dim=-1)))", "torch.nn.functional.gelu(self.hidden(torch.cat([z, code], dim=-1)))"),
     ("vae", "dispersion always of the gene", "r if self.log_r.ndim == 1 else r[tissue]", "r if self.log_r.ndim == 1 else r[:1].expand(len(tissue), -1)"),
     # layers
-    ("layers", "weight transposed when square", "return torch.matmul(x, self.weight) + self.bias", "return torch.matmul(x, self.weight.T if self.weight.shape[0] == self.weight.shape[1] else self.weight) + self.bias"),
+    ("layers", "weight transposed when square", "return dense(x, self.weight) + self.bias", "return dense(x, self.weight.T if self.weight.shape[0] == self.weight.shape[1] else self.weight) + self.bias"),
     ("layers", "bias forgotten in the hidden layer of networks", "return self.out(torch.relu(self.hidden(x)))", "return self.out(torch.relu(self.hidden(x) - self.hidden.bias))"),
     ("layers", "leaky relu in the networks", "return self.out(torch.relu(self.hidden(x)))", "return self.out(torch.nn.functional.leaky_relu(self.hidden(x)))"),
     # conditions

@@ -36,7 +36,7 @@ _asked = "float32"
 def dense_precision(name: str) -> Iterator[None]:
     """Within it, products of dense layers and those of their derivatives are made as named; other products are not.
 
-    What is traced within it keeps it.
+    What is traced (JAX) or computed (PyTorch) within it keeps it, derivatives that are taken later too.
 
     Args:
         name: "float32", "tf32" or "bf16": what the factors are rounded to, on devices that have it.

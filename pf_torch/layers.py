@@ -84,7 +84,7 @@ _asked = "float32"
 def dense_precision(name: str) -> Iterator[None]:
     """Within it, products of dense layers and those of their derivatives are made as named; other products are not.
 
-    What is computed within it keeps it, its derivatives taken later too.
+    What is traced (JAX) or computed (PyTorch) within it keeps it, derivatives that are taken later too.
 
     Args:
         name: "float32", "tf32" or "bf16": what the factors are rounded to, on devices that have it.
