@@ -148,7 +148,12 @@ def _record(
         "present": here,
         "versions": examined.versions,
         "precision": {
-            tier: {"unit roundoff": TIERS[tier][1], "jax": TIERS[tier][2], "torch": TIERS[tier][3]} for tier in dtypes
+            tier: {
+                "unit roundoff": TIERS[tier][1],
+                "dense layers": tier,
+                **dict(zip(("jax", "torch"), Side("jax", tier=tier).matmul, strict=True)),
+            }
+            for tier in dtypes
         },
         "flags": examined.flags,
         "run": sorted(asked),

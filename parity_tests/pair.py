@@ -8,9 +8,9 @@ gradient is not the derivative of its value; an `oracle` in NumPy says whose val
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from parity_tests.compare import (
     judge,
     structural,
 )
-from parity_tests.sides import Evaluation, Side
+from parity_tests.sides import TIERS, Evaluation, Side
 from parity_tests.trees import flatten
 
 __all__ = ["PairReport", "check", "check_modules", "note"]
@@ -72,6 +72,13 @@ class _PairSide(Side):
     @property
     def namespace(self) -> Any:  # type: ignore[override]
         return self.function
+
+    @property
+    def matmul(self) -> tuple[str, str]:
+        return TIERS[self.tier][2:]
+
+    def dense(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 def check(
@@ -305,7 +312,7 @@ def _compare_low(quantity: str, tier: str, lower: Any, base: Any, scale: Any) ->
     return results
 
 
-@contextmanager
+@contextlib.contextmanager
 def _noting() -> Any:
     notes: dict[str, Any] = {}
     token = _notes.set(notes)
@@ -447,7 +454,7 @@ def _transposed(value: Any) -> Any:
     return value.transpose(axes) if isinstance(value, np.ndarray) else value.transpose(*axes)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _torch_notes(module: Any) -> Any:
     def hook(name: str) -> Any:
         return lambda _module, _inputs, output: None if not hasattr(output, "detach") else (note(name, output), None)[1]
@@ -464,7 +471,7 @@ def _torch_notes(module: Any) -> Any:
             handle.remove()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _flax_notes(model: Any, nnx: Any) -> Any:
     """Submodules note what they return; their classes' __call__ is wrapped while it runs."""
     if _notes.get() is None:

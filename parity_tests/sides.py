@@ -110,9 +110,17 @@ class Side:
     @contextlib.contextmanager
     def context(self) -> Iterator[None]:
         """Device, width and matmul precision, set here and put back afterwards."""
-        below = self.namespace.layers.dense_precision(self.tier) if self.tier in LOW else contextlib.nullcontext()
-        with (_jax_context if self.framework == "jax" else _torch_context)(self), below:
+        with (_jax_context if self.framework == "jax" else _torch_context)(self), self.dense():
             yield
+
+    @property
+    def matmul(self) -> tuple[str, str]:
+        """JAX's and PyTorch's setting of the process; of the twins no tier lowers it, their dense layers alone."""
+        return TIERS["float32" if self.tier in LOW else self.tier][2:]
+
+    def dense(self) -> contextlib.AbstractContextManager[None]:
+        """What makes the twin's dense layers multiply as the tier says."""
+        return self.namespace.layers.dense_precision(self.tier) if self.tier in LOW else contextlib.nullcontext()
 
     def array(self, value: Any) -> Any:
         """A NumPy array on the device: floats in the side's dtype, integers as int32."""
@@ -144,7 +152,7 @@ def _jax_context(side: Side) -> Iterator[None]:
     with (
         jax.enable_x64(side.dtype == "float64"),
         jax.default_device(_jax_device(side.device)),
-        jax.default_matmul_precision(TIERS[side.tier][2]),
+        jax.default_matmul_precision(side.matmul[0]),
     ):
         yield
 
@@ -253,7 +261,7 @@ def _torch_context(side: Side) -> Iterator[None]:
 
     _torch_device(side.device)
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(TIERS[side.tier][3])
+    torch.set_float32_matmul_precision(side.matmul[1])
     try:
         yield
     finally:

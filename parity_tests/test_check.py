@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from parity_tests import check, check_modules, note
+from parity_tests.sides import TIERS, Side
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -30,6 +31,30 @@ def test_a_right_port_passes() -> None:
     report = check(torch_layer, jax_layer, params=PARAMS, inputs=INPUTS, quantities=("value", "gradient", "jvp", "hvp"))
     assert report.passed, str(report)
     assert {result.tier for result in report.results} == {"float64", "float32"}
+
+
+@pytest.mark.parametrize("tier", ["tf32", "bf16"])
+def test_tiers_below_float32_are_those_of_the_process_for_given_functions(tier: str) -> None:
+    seen = []
+
+    def watched(p: Any, x: Any) -> Any:
+        seen.append(torch.get_float32_matmul_precision())
+        return torch_layer(p, x)
+
+    report = check(watched, jax_layer, params=PARAMS, inputs=INPUTS, dtypes=("float64", tier))
+    assert report.passed, str(report)
+    assert {"highest", TIERS[tier][3]} == set(seen)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_they_are_those_of_dense_layers_alone_for_the_twins(framework: str) -> None:
+    side = Side(framework, tier="bf16")
+    layers = side.namespace.layers
+    with side.context():
+        assert layers._asked == "bf16"
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert layers._asked == "float32"
 
 
 def test_a_transposed_square_kernel_is_found_and_located() -> None:

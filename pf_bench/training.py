@@ -81,7 +81,7 @@ def train(data: str, options: list[str], programs: str | None = None, module: st
         rows = json.loads((out / "metrics.json").read_text())["metrics"]
 
     def mean(name: str, method: str = MODEL) -> np.ndarray:
-        return np.mean([row[name] for row in rows if row["method"] == method], keepdims=True)
+        return np.array([row[name] for row in rows if row["method"] == method], np.float64).mean(keepdims=True)
 
     return {"energy taken away": 1.0 - mean(ENERGY) / mean(ENERGY, UNCHANGED)} | {name: mean(name) for name in METRICS}
 

@@ -34,7 +34,7 @@ import numpy as np
 from pf_core.baselines import Context
 from pf_core.config import MIN_MATCHED, NORMALISED_TOTAL
 from pf_core.data import Dataset, Group
-from pf_core.kriging import Change, corrected_squares, krige, mean_change, shrink, spread, strata
+from pf_core.kriging import Change, corrected_squares, krige, likely_variance, mean_change, shrink, strata
 from pf_core.labels import Members, condition_label, parse_condition
 from pf_core.library_size import LibraryChanges, Observed, from_json, library_changes, to_json
 from pf_core.outputs import Csr
@@ -265,7 +265,7 @@ def _unseen(sums: Sequence[tuple[np.ndarray, Change]]) -> np.ndarray | None:
     predicted, observed, errors = (
         np.stack(some) for some in zip(*((by_sum, one.mean, one.variance) for by_sum, one in sums), strict=True)
     )
-    return spread(observed - predicted, errors, strata(np.abs(predicted).mean(0)))
+    return likely_variance(observed - predicted, errors, strata(np.abs(predicted).mean(0)))
 
 
 def to_arrays(calibration: Calibration) -> dict[str, np.ndarray]:

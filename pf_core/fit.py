@@ -323,7 +323,9 @@ def _train(
     return stage("joint", joint, params, trainable=lambda name: name != "conditions.features", carry=carry)
 
 
-def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) -> tuple[np.ndarray, ...]:
+def decoded_profiles(
+    model: Model, dataset: Dataset, groups: Sequence[Group]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean decoded profiles (n_groups, n_genes) of the controls of each group.
 
     As they are; moved by the group's operator; and moved by the sum of the mean latent shifts of a combination's
@@ -343,27 +345,31 @@ def decoded_profiles(model: Model, dataset: Dataset, groups: Sequence[Group]) ->
         added[here] = z0[here] + shift
     tissue = model.vocabulary.codes("tissues", dataset.tissue)[cells]
     library = dataset.library()[cells].astype(model.config.dtype)
-    totals = np.zeros((3, len(groups), dataset.n_genes))
+    ways = (z0, moved, added) if np.isfinite(added).any() else (z0, moved)
+    totals = np.zeros((len(ways), len(groups), dataset.n_genes))
     for start in range(0, len(cells), BLOCK):
         rows = slice(start, start + BLOCK)
         weight = sparse.csr_matrix(
             (1.0 / library[rows], (row[rows], np.arange(len(row[rows])))), (len(groups), len(row[rows]))
         )
-        for total, z in zip(totals, (z0, moved, added), strict=True):
+        for total, z in zip(totals, ways, strict=True):
             total += weight @ model.decode(z[rows], tissue[rows], library[rows])
-    return tuple(totals / np.bincount(row)[:, None])
+    before, after, *rest = totals / np.bincount(row)[:, None]
+    return before, after, rest[0] if rest else np.full_like(before, np.nan)
 
 
 def summed_shifts(model: Model, dataset: Dataset, groups: Sequence[Group]) -> np.ndarray:
     """(n_groups, n_latent) sum of the mean latent shifts of the members of each combination, NaN where not known."""
+    sums = np.full((len(groups), model.config.vae.n_latent), np.nan, model.config.dtype)
+    members = [parse_condition(group.label, dataset.config) for group in groups]
+    if max(map(len, members), default=0) < 2:
+        return sums
     cells = np.unique(np.concatenate([part for group in groups for part in (group.cells, group.controls)]))
     latents = model.encode(dataset, cells)
     names = (dataset.label[cells], dataset.tissue[cells], dataset.cell_type[cells])
     shifts = Shifts(profiles(lambda rows: latents[rows], *names))
-    sums = np.full((len(groups), latents.shape[1]), np.nan, latents.dtype)
-    for row, group in zip(sums, groups, strict=True):
-        members = parse_condition(group.label, dataset.config)
-        alone = [condition_label((member,), dataset.config.separator) for member in members]
+    for row, group, several in zip(sums, groups, members, strict=True):
+        alone = [condition_label((member,), dataset.config.separator) for member in several]
         found = shifts.sum_of(alone, (group.tissue, group.cell_type))
         if len(alone) > 1 and isinstance(found, Shift):
             row[:] = found.value

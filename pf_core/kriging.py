@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Change", "corrected_squares", "krige", "mean_change", "shrink", "spread", "strata"]
+__all__ = ["Change", "corrected_squares", "krige", "likely_variance", "mean_change", "shrink", "strata"]
 
 SCALES = np.array([1e-6, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0])  # s^2, of log counts per 10,000
 LENGTHS = np.array([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8])  # l, in units of the median squared distance
@@ -102,7 +102,7 @@ def shrink(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> C
     return Change(mean, variance)
 
 
-def spread(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+def likely_variance(values: np.ndarray, errors: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
     """What is likely of the variance s_g^2 of values (n, n_genes) around 0 measured with variances errors.
 
     value_ig = s_g N(0, 1) + error_ig, with the prior of s_g^2 as for `krige`, learned within each part; its posterior
