@@ -48,6 +48,9 @@ def gradient(context: Context, n: int, d: int) -> Case:
             "jax": jax_grad(pf_jax.energy_distance, x, y, **given),
             "torch": torch_grad(pf_torch.energy_distance, x, y, **given),
         }
+        if context.device == "gpu":
+            fused = partial(pf_torch.energy_distance, method="fused")
+            sides["torch fused"] = torch_grad(fused, x, y, **given)
         whole: dict[str, Side | Absent] = {}
         if n <= LARGEST_MATRIX:
             whole = {

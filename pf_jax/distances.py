@@ -38,7 +38,7 @@ def energy_distance(
     estimator: Estimator = "v",
     power: int = 1,
     smoothing: float = 0.0,
-    method: Literal["tiled", "plain"] = "tiled",
+    method: Literal["tiled", "plain", "fused"] = "tiled",
     tile: int | None = None,
 ) -> jax.Array:
     """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two weighted sets of cells.
@@ -56,16 +56,20 @@ def energy_distance(
             one cell of positive weight has no pairs, and its term of "u" is 0.
         power: 1 for distances, 2 for squared distances (from moments, without pairs).
         smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared, also between a cell and itself; power 2 cancels it.
-        method: "tiled", or "plain" for whole matrices of distances.
+        method: "tiled", "plain" for whole matrices of distances, or "fused" for one kernel on a CUDA device, which
+            PyTorch alone has.
         tile: most rows and columns of a tile; None for what is fast, TILE.
 
     Returns:
         () distance, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", an unknown option, or "fused" where it
+            is not.
     """
     _check(x, y, 2, estimator, power, smoothing)
+    if method == "fused":
+        raise ValueError("method is 'fused', a kernel of the PyTorch twin; JAX has 'tiled' and 'plain'")
     if method not in ("tiled", "plain"):
         raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
     tile = TILE["jax"] if tile is None else tile

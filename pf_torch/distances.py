@@ -206,8 +206,43 @@ def _within(x: Tensor, w: Tensor, smoothing: float, tile: int, estimator: str) -
     return value, gx
 
 
-class _TiledEnergy(torch.autograd.Function):
-    """Value and gradient in one pass over the tiles.
+def _tiled_pass(
+    x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, estimator: str, smoothing: float, tile: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (P,) and gradients in x and y, tile by tile."""
+    fx, fy = _self_factor(wx, estimator), _self_factor(wy, estimator)
+    xy, gx, gy = _between(x, y, wx, wy, smoothing, tile)
+    xx, gxx = _within(x, wx, smoothing, tile, estimator)
+    yy, gyy = _within(y, wy, smoothing, tile, estimator)
+    value = (2.0 * xy - fx * xx - fy * yy).to(x.dtype)
+    gx = 2.0 * gx - fx.to(x.dtype)[:, None, None] * gxx
+    gy = 2.0 * gy - fy.to(x.dtype)[:, None, None] * gyy
+    return value, gx, gy
+
+
+def _fused_pass(
+    x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, estimator: str, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by the kernel, which meets x and y as one set of cells and what cancels pair by pair."""
+    from pf_torch.fused import pulls
+
+    n, m = x.shape[1], y.shape[1]
+    fx, fy = (_self_factor(w, estimator)[:, None] for w in (wx, wy))
+    centre = 0.5 * (_mean(x, wx) + _mean(y, wy))
+    # Cells without weight may be anywhere, but nowhere infinite.
+    cells = torch.cat([torch.where(w[..., None] > 0, p, centre) for p, w in ((x, wx), (y, wy))], 1)
+    on_x, on_y = (torch.cat(parts, 1).to(x.dtype) for parts in ((-fx * wx, wy), (wx, -fy * wy)))
+    sum_x, pull_x = pulls(cells, on_x, 0, n, smoothing)
+    sum_y, pull_y = pulls(cells, on_y, n, m, smoothing)
+    value = (wx * sum_x).sum(-1) + (wy * sum_y).sum(-1)
+    if estimator == "v":  # pairs of a cell with itself
+        value = value - math.sqrt(smoothing) * ((wx * wx).sum(-1) + (wy * wy).sum(-1))
+    gx, gy = (2.0 * w.to(x.dtype)[..., None] * pull for w, pull in ((wx, pull_x), (wy, pull_y)))
+    return value.to(x.dtype), gx, gy
+
+
+class _OnePass(torch.autograd.Function):
+    """Value and gradient in one pass over the pairs: by tiles, or by the kernel where tile is None.
 
     A second derivative, and every derivative under torch.func, takes the gradient from `_plain_gradient` instead, which
     holds all pairs: Hessian-vector products need (P, n, m, d) of memory.
@@ -215,16 +250,11 @@ class _TiledEnergy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, estimator: str, smoothing: float, tile: int
+        x: Tensor, y: Tensor, wx: Tensor, wy: Tensor, estimator: str, smoothing: float, tile: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        fx, fy = _self_factor(wx, estimator), _self_factor(wy, estimator)
-        xy, gx, gy = _between(x, y, wx, wy, smoothing, tile)
-        xx, gxx = _within(x, wx, smoothing, tile, estimator)
-        yy, gyy = _within(y, wy, smoothing, tile, estimator)
-        value = (2.0 * xy - fx * xx - fy * yy).to(x.dtype)
-        gx = 2.0 * gx - fx.to(x.dtype)[:, None, None] * gxx
-        gy = 2.0 * gy - fy.to(x.dtype)[:, None, None] * gyy
-        return value, gx, gy
+        if tile is None:
+            return _fused_pass(x, y, wx, wy, estimator, smoothing)
+        return _tiled_pass(x, y, wx, wy, estimator, smoothing, tile)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -286,7 +316,8 @@ def _energy(
         return _squared(x, y, a, b, estimator)
     if method == "plain":
         return _plain(x, y, a, b, estimator, smoothing)
-    return _TiledEnergy.apply(x, y, a, b, estimator, smoothing, tile)[0]  # type: ignore[index]
+    tile_or_none = None if method == "fused" else tile
+    return _OnePass.apply(x, y, a, b, estimator, smoothing, tile_or_none)[0]  # type: ignore[index]
 
 
 def energy_distance(
@@ -316,18 +347,22 @@ def energy_distance(
             one cell of positive weight has no pairs, and its term of "u" is 0.
         power: 1 for distances, 2 for squared distances (from moments, without pairs).
         smoothing: s >= 0 of sqrt(d^2 + s), in units of x squared, also between a cell and itself; power 2 cancels it.
-        method: "tiled", or "plain" for whole matrices of distances.
+        method: "tiled", "plain" for whole matrices of distances, or "fused" for one kernel on a CUDA device, which
+            PyTorch alone has.
         tile: most rows and columns of a tile; None for what is fast, TILE.
 
     Returns:
         () distance, in units of x (squared for power 2).
 
     Raises:
-        ValueError: shapes that do not fit, fewer than two cells a side for "u", or an unknown option.
+        ValueError: shapes that do not fit, fewer than two cells a side for "u", an unknown option, or "fused" where it
+            is not.
     """
     _check(x, y, wx, wy, estimator, power, 2, smoothing)
-    if method not in ("tiled", "plain"):
-        raise ValueError(f"method is {method!r}; 'tiled' or 'plain' was wanted")
+    if method not in ("tiled", "plain", "fused"):
+        raise ValueError(f"method is {method!r}; 'tiled', 'plain' or 'fused' was wanted")
+    if method == "fused" and not x.is_cuda:
+        raise ValueError(f"method is 'fused', a kernel for CUDA devices, and x is on {x.device}; use 'tiled'")
     tile = TILE["torch"] if tile is None else tile
     if tile < 1:
         raise ValueError(f"tile is {tile}; a positive number of rows was wanted")
