@@ -47,8 +47,8 @@ class Target:
     """A number that the JAX twin is meant to reach in a case.
 
     "faster": the time of `side` over its own is at least `value`; "within": its own over that of `side` is at most
-    `value`; "memory": MiB beyond what it held before; "seconds": per step; "growth": its time over that of case `side`
-    is at most `value`.
+    `value`; "memory": MiB beyond what it held before; "seconds": per step, of `side` where there is one; "growth": its
+    time over that of case `side` is at most `value`.
     """
 
     kind: Kind

@@ -59,7 +59,9 @@ def _judge(name: str, row: dict, target: dict, rows: dict[str, dict], memory: di
     elif ours is None:
         text, open_because = _wanted(kind, value, side), "refused: the twins do not agree"
     elif kind == "seconds":
-        text, found = _wanted(kind, value, side), 1e6 * ours["median"]
+        measured = row["sides"].get(side or OURS)
+        text, found = _wanted(kind, value, side), 1e6 * measured["median"] if measured else None
+        open_because = "not measured"
     elif kind == "growth":
         other = rows.get(f"{row['device']}/{row['malloc']}/{side}", {}).get("sides", {}).get(OURS)
         text, open_because = _wanted(kind, value, side), "the smaller case was not measured"
@@ -84,7 +86,7 @@ def _wanted(kind: str, value: float, side: str) -> str:
     return {
         "faster": f"at least {value:g} x as fast as {side}",
         "within": f"within {value:g} x of {side}",
-        "seconds": f"at most {1e6 * value:g} us a step",
+        "seconds": f"at most {1e6 * value:g} us a step" + (f" ({side})" if side else ""),
         "growth": f"at most {value:g} x the time of {side.partition('/')[2]}",
     }[kind]
 

@@ -281,6 +281,8 @@ def test_what_is_no_record_is_bad_input(tmp_path, text):
         (Target("within", 1.9, "jax GEMM"), 2.0, "missed"),
         (Target("within", 2.1, "jax GEMM"), 2.0, "met"),
         (Target("seconds", 1.1e-3), 1000.0, "met"),
+        (Target("seconds", 3.9e-3, "torch"), 4000.0, "missed"),
+        (Target("seconds", 1.0, "jax, a call"), None, "not measured"),
         (Target("growth", 2.0, "steps/planted, n=3"), 1.0, "met"),
         (Target("growth", 2.0, "steps/planted, n=1"), None, "the smaller case was not measured"),
         (Target("memory", 40.0), 39.0, "met"),
