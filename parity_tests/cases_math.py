@@ -287,6 +287,28 @@ def distances() -> Iterator[Case]:
             quantities=("value", "gradient"),
             reason="weights carry no gradient; whether as none or as zero is left to the framework's custom rules",
         )
+    # Targets that are data: JAX then leaves out what it would need for their gradient.
+    many = {"x": normal("e.many.x", 16, 3), "y": normal("e.many.y", 20, 3, mean=0.4, scale=1.3)}
+    few_near = many | {"x": many["x"].copy(), "y": many["y"].copy()}
+    few_near["x"][2] = few_near["x"][4] + 1e-4
+    few_near["x"][7] = few_near["x"][8]
+    few_near["y"][1] = few_near["x"][0]
+    few_near["y"][5] = few_near["y"][6] + 1e-4
+    many_weighted = {"wx": uniform("e.many.wx", 0.3, 2.0, 16), "wy": uniform("e.many.wy", 0.3, 2.0, 20)}
+    many_weighted["wx"][3], many_weighted["wy"][5] = 0.0, 0.0
+    fixed: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+        ("v", many, {}, {}),
+        ("u, weighted", many | many_weighted, {"estimator": "u"}, {}),
+        ("smoothed, u", many, {"smoothing": 0.25, "estimator": "u"}, {}),
+        ("few near pairs", few_near | many_weighted, {}, {"accuracy": 1e-5, "taylor": False}),
+        ("few near pairs, smoothed", few_near, {"smoothing": 0.25}, {"accuracy": 1e-5}),
+        ("many near pairs", near, {"estimator": "u"}, {"accuracy": 1e-5}),
+        ("many coincident cells", together, {}, {"taylor": False}),
+        ("far from the origin", far, {}, {"accuracy": 1e-5}),
+        ("in tiles", many, {"tile": 7}, {}),
+    ]
+    for label, inputs, static, extra in fixed:
+        yield Case(f"energy_distance/fixed targets, {label}", name, inputs, static, differentiate=("x",), **extra)
     same = {"x": x, "y": x.copy()}
     yield Case(
         "energy_distance/of a sample with itself",
@@ -308,6 +330,13 @@ def distances() -> Iterator[Case]:
             grouped,
             static,
             **both,
+        )
+        yield Case(
+            f"energy_distance_grouped/fixed targets, {label}, padded, an empty group",
+            "distances.energy_distance_grouped",
+            grouped,
+            static,
+            differentiate=("x",),
         )
     gwx_u = uniform("g.wx", 0.3, 2, 5, 7) * (np.arange(7) < np.array([7, 4, 2, 5, 0])[:, None])
     gwy_u = (np.arange(3) < np.array([2, 3, 3, 2, 0])[:, None]).astype(float)

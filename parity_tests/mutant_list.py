@@ -334,6 +334,18 @@ JAX: list[tuple[str, str, str, str]] = [
     ("distances", "near pairs forgotten in Euler's sum", ".sum(-1) + near)", ".sum(-1) + 0.0 * near)"),
     (
         "distances",
+        "a pair across counted once for fixed targets",
+        "jnp.where(own, -1.0, 2.0 * across)",
+        "jnp.where(own, -1.0, across)",
+    ),
+    (
+        "distances",
+        "fixed targets' own distances forgotten",
+        "+ (weight[..., n:] * of_y).sum(-1)",
+        "+ 0.0 * of_y.sum(-1)",
+    ),
+    (
+        "distances",
         "weights carry gradient",
         "jax.lax.stop_gradient(weight).astype(cells.dtype)",
         "weight.astype(cells.dtype)",

@@ -16,7 +16,7 @@ from pf_bench.problems import SEED, clouds
 from pf_core.config import TILE
 from pf_core.noise import normal
 
-__all__ = ["cases", "jax_gemm"]
+__all__ = ["cases", "jax_group_gemm"]
 
 LARGEST_MATRIX = 8192  # cells beyond which whole matrices of distances are left out
 GRADIENT = "energy distance, value and gradient"
@@ -84,26 +84,26 @@ def gradient(context: Context, n: int, d: int) -> Case:
     return Case(GRADIENT, {"n": n, "d": d}, build, 5e-3, targets, memory=n != 67, series="n", flop=12.0 * n * n * d)
 
 
-def jax_gemm(x: np.ndarray, y: np.ndarray, device: str, *, calls: int = 1) -> Side:
+def jax_gemm(x: np.ndarray, y: np.ndarray, device: str) -> Side:
     """The products of matrices of all tiles by XLA, with the tile in the place of what is made of it.
 
     Args:
-        x: (n, d) or, for groups taken one by one, (n_groups, n, d).
-        y: (m, d) or (n_groups, m, d).
+        x: (n, d).
+        y: (m, d).
         device: "cpu" or "gpu".
-        calls: how often in one call.
     """
     import jax
     import jax.numpy as jnp
 
     from pf_jax.layers import matmul
 
-    cells = np.concatenate([x, y], axis=-2)
-    n_tiles = -(-cells.shape[-2] // TILE["jax"])
-    tile = min(TILE["jax"], cells.shape[-2], 16 * -(-cells.shape[-2] // (16 * n_tiles)))  # as in pf_jax
-    cells = np.pad(cells, [(0, 0)] * (cells.ndim - 2) + [(0, n_tiles * tile - cells.shape[-2]), (0, 0)])
+    cells = np.concatenate([x, y])
+    n_tiles = -(-len(cells) // TILE["jax"])
+    tile = min(TILE["jax"], len(cells), 16 * -(-len(cells) // (16 * n_tiles)))  # as in pf_jax
+    cells = np.pad(cells, [(0, n_tiles * tile - len(cells)), (0, 0)])
     rows, columns = np.triu_indices(n_tiles)
 
+    @jax.jit
     def products(cells: jax.Array) -> jax.Array:
         def step(total: Any, pair: Any) -> tuple[Any, None]:
             a, b = (jax.lax.dynamic_slice_in_dim(cells, at * tile, tile) for at in pair)
@@ -115,15 +115,44 @@ def jax_gemm(x: np.ndarray, y: np.ndarray, device: str, *, calls: int = 1) -> Si
 
         return jax.lax.scan(step, jnp.zeros_like(cells), (rows.astype(np.int32), columns.astype(np.int32)))[0]
 
-    @jax.jit
-    def all_products(cells: jax.Array) -> jax.Array:
-        one = products if cells.ndim == 2 else lambda groups: jax.lax.map(products, groups)
-        # What comes out goes in again, so that no call can be left out.
-        return jax.lax.fori_loop(0, calls, lambda _, total: one(cells + 1e-30 * total), jnp.zeros_like(cells))
-
     given = jax_put(cells, device)
     note = "the matrix products of all tiles alone: a ceiling, not a distance"
-    return Side(lambda: jax.block_until_ready(all_products(given)), None, steps=calls, note=note)
+    return Side(lambda: jax.block_until_ready(products(given)), None, note=note)
+
+
+def jax_group_gemm(x: np.ndarray, y: np.ndarray, device: str, *, calls: int) -> Side:
+    """The products of matrices of groups by XLA, group by group, where x alone has a gradient.
+
+    Of a group there are three: x with all cells, y with itself, and what is made of the first with all cells.
+
+    Args:
+        x: (n_groups, n, d).
+        y: (n_groups, m, d).
+        device: "cpu" or "gpu".
+        calls: how often in one call.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from pf_jax.layers import matmul
+
+    def products(sides: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, y = sides
+        cells = jnp.concatenate([x, y])
+        return matmul(matmul(x, cells.T), cells), matmul(y, y.T)
+
+    @jax.jit
+    def all_products(x: jax.Array, y: jax.Array) -> jax.Array:
+        def once(_: Any, total: jax.Array) -> jax.Array:
+            # What comes out goes in again, so that no call can be left out.
+            pull, own = jax.lax.map(products, (x + 1e-30 * total, y))
+            return pull + own.max()
+
+        return jax.lax.fori_loop(0, calls, once, jnp.zeros_like(x))
+
+    given = jax_put((x, y), device)
+    note = "the matrix products of the energy distances alone: a ceiling, not a step"
+    return Side(lambda: jax.block_until_ready(all_products(*given)), None, steps=calls, note=note)
 
 
 def value(context: Context, n: int, d: int) -> Case:

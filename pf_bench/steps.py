@@ -15,7 +15,7 @@ import pf_jax.steps
 import pf_torch.steps
 from pf_bench import peers, plain
 from pf_bench.case import Absent, Case, Context, Side, Target
-from pf_bench.distances import jax_gemm as energy_gemm
+from pf_bench.distances import jax_group_gemm
 from pf_bench.frameworks import jax_put, torch_put
 from pf_bench.problems import (
     SEED,
@@ -261,7 +261,7 @@ def operator(context: Context, n_conditions: int, n_cells: int, d: int, series: 
             return plain.torch_operator_step(weights, data, carry, config)
 
         sides["plain torch"] = plain_steps(make, device)
-        sides["jax GEMM"] = energy_gemm(problem[0]["x"], problem[0]["y"], device, calls=STEPS)
+        sides["jax GEMM"] = jax_group_gemm(problem[0]["x"], problem[0]["y"], device, calls=STEPS)
         return sides
 
     wanted = device == "cpu" and (n_conditions, n_cells, d) == (32, 128, 32)

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
 from pf_core.config import TILE
 from pf_jax.layers import matmul
@@ -186,9 +187,8 @@ def _energy(x, y, wx, wy, estimator: Estimator, power: int, smoothing: float, ti
     # Both sides in one set: E = sum_ij w_i w_j s_ij |z_i - z_j| with s = -1 within a side and cross between the sides,
     # so that what cancels does so term by term, before float32 rounds a sum.
     scale_x, scale_y = (_rest(own_x), _rest(own_y)) if estimator == "u" else (jnp.ones_like(own_x),) * 2
-    cells = jnp.concatenate([x, y], axis=-2)
     weight = jnp.concatenate([wx / jnp.sqrt(scale_x)[..., None], wy / jnp.sqrt(scale_y)[..., None]], axis=-1)
-    value = _signed_sum(cells, weight, centre, jnp.sqrt(scale_x * scale_y), x.shape[-2], smoothing, tile)
+    value = _signed_sum(x, y, weight, centre, jnp.sqrt(scale_x * scale_y), smoothing, tile)
     return value if estimator == "u" else value - math.sqrt(smoothing) * (own_x + own_y)
 
 
@@ -228,27 +228,65 @@ def _plain_energy(x, y, wx, wy, own_x, own_y, estimator: Estimator, smoothing: f
 # --- tiles -------------------------------------------------------------------------------------------------------
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6))
-def _signed_sum(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int) -> jax.Array:
-    """sum_{i != j} w_i w_j s_ij |z_i - z_j|, differentiated in the cells.
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _signed_sum(x, y, weight, centre, cross, smoothing: float, tile: int):
+    """sum_{i != j} w_i w_j s_ij |z_i - z_j| over the cells z of both sides, differentiated in x and y.
 
     Args:
-        cells: (..., n, n_latent) z, the first side before the second.
-        weight: (..., n) w >= 0.
+        x: (..., n, n_latent).
+        y: (..., m, n_latent).
+        weight: (..., n + m) w >= 0, of x before y.
         centre: (..., 1, n_latent), about the middle of the cells.
         cross: (...) s of a pair across the sides; it is -1 within a side.
-        n_first: cells of the first side.
         smoothing: c of sqrt(d^2 + c).
         tile: rows of a tile.
     """
-    return _pass(cells, weight, centre, cross, n_first, smoothing, tile)[0]
+    return _pass(jnp.concatenate([x, y], axis=-2), weight, centre, cross, x.shape[-2], smoothing, tile)[0]
 
 
-@_signed_sum.defjvp
-def _signed_sum_jvp(n_first, smoothing, tile, primals, tangents):
-    cells, weight, centre, cross = primals
-    value, gradient = _pass(cells, weight, centre, cross, n_first, smoothing, tile)
-    return value, (gradient * tangents[0]).sum((-2, -1))
+def _signed_sum_jvp(smoothing, tile, primals, tangents):
+    x, y, weight, centre, cross = primals
+    n, (x_dot, y_dot, *_) = x.shape[-2], tangents
+    if isinstance(y_dot, SymbolicZero) and n + y.shape[-2] <= tile:  # y are data, as the targets of training are
+        value, gradient = _one_sided(x, y, weight, centre, cross, smoothing)
+    else:
+        value, gradient = _pass(jnp.concatenate([x, y], axis=-2), weight, centre, cross, n, smoothing, tile)
+    tangent = jnp.zeros_like(value)
+    for part, dot in ((gradient[..., :n, :], x_dot), (gradient[..., n:, :], y_dot)):
+        if not isinstance(dot, SymbolicZero):
+            tangent = tangent + (part * dot).sum((-2, -1))
+    return value, tangent
+
+
+_signed_sum.defjvp(_signed_sum_jvp, symbolic_zeros=True)
+
+
+def _one_sided(x, y, weight, centre, cross, smoothing: float):
+    """Value of `_signed_sum` and its gradient in x, in one tile: pairs within y count in the value only.
+
+    The value is a sum of distances here; Euler's theorem would need the gradient in y.
+    """
+    n, m = x.shape[-2], y.shape[-2]
+    cells = jnp.concatenate([x, y], axis=-2)
+    shifted = cells - centre
+    all_cells = cells, _pulls(shifted, weight), _sizes(shifted, weight)
+    cut = lambda start, size: tuple(
+        _slice(array, start, size, axis) for array, axis in zip(all_cells, (-2, -1, -1), strict=True)
+    )
+    own, across = jnp.arange(n + m) < n, cross[..., None, None]
+    sums, _, _, of_x = _block(
+        cut(0, n),
+        all_cells,
+        centre,
+        lambda: jnp.where(own, -1.0, across),
+        lambda: jnp.eye(n, n + m, dtype=bool),
+        smoothing,
+        lambda: jnp.where(own, -1.0, 2.0 * across),  # a pair across stands for two
+    )
+    minus = lambda: jnp.full_like(across, -1.0)
+    *_, of_y = _block(cut(n, m), cut(n, m), centre, minus, lambda: jnp.eye(m, dtype=bool), smoothing, minus)
+    value = (weight[..., :n] * of_x).sum(-1) + (weight[..., n:] * of_y).sum(-1)
+    return value, 2.0 * weight[..., :n, None] * (sums[..., -1:] * shifted[..., :n, :] - sums[..., :-1])
 
 
 def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: int):
@@ -264,11 +302,7 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     first = jnp.arange(n_tiles * tile) < n_first
     cells, weight = _padded(cells, -2, tile), _padded(weight, -1, tile)
     shifted = cells - centre
-    sizes = _sizes(shifted, weight)
-    # w [z, 1] of every cell, made once, with cells along the last axis: the way in which both products read it.
-    pulls = jnp.swapaxes(
-        weight[..., None] * jnp.concatenate([shifted, jnp.ones_like(shifted[..., :1])], axis=-1), -1, -2
-    )
+    sizes, pulls = _sizes(shifted, weight), _pulls(shifted, weight)
 
     def block(row, column):
         i, j = row * tile, column * tile
@@ -290,12 +324,12 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
         sums, across, near = totals
         row, column = pair
         count = jnp.where(row == column, 1.0, 2.0).astype(cells.dtype)  # a tile above the diagonal stands for two
-        here, there, part = block(row, column)
+        here, there, part, _ = block(row, column)
         sums = _add(sums, count * here, row * tile, -2)
         return (sums, _add(across, count * there, column * tile, -1), near + count * part), None
 
     if n_tiles == 1:
-        sums, _, near = block(0, 0)
+        sums, _, near, _ = block(0, 0)
         sums = 2.0 * sums
     else:
         rows, columns = np.triu_indices(n_tiles)
@@ -310,7 +344,7 @@ def _pass(cells, weight, centre, cross, n_first: int, smoothing: float, tile: in
     return value, gradient[..., :n, :]
 
 
-def _block(first, second, centre, sign, skip, smoothing: float):
+def _block(first, second, centre, sign, skip, smoothing: float, count=None):
     """On one tile: the sums s = sum_j p_ij wy_j [y_j, 1] of every x, the same of every y, and what these leave out.
 
     The pull on x is then wx (s_last x - s_others). A product of matrices gives squared distances fast, but loses pairs
@@ -325,6 +359,8 @@ def _block(first, second, centre, sign, skip, smoothing: float):
         centre: (..., 1, n_latent).
         sign, skip: functions that make arrays of pairs: s_ij, and which pairs do not count.
         smoothing: c of sqrt(d^2 + c).
+        count: a function that makes an array of pairs f_ij; then there is a fourth result, sum_j f_ij wy_j |x_i - y_j|
+            of every x. The compiler leaves out the results that are not used.
     """
     (x, pull_x, size_x), (y, pull_y, size_y) = first, second
     wx, wy = pull_x[..., -1, :], pull_y[..., -1, :]
@@ -346,8 +382,15 @@ def _block(first, second, centre, sign, skip, smoothing: float):
         # Written so that p is read as it lies: transposing a tile costs more than the product.
         return matmul(p, jnp.swapaxes(pull_y, -1, -2)), matmul(pull_x, p)
 
+    def lengths(squared, skipped):
+        if count is None:
+            return jnp.zeros_like(wx)
+        distance = jnp.where(skipped, 0.0, jnp.sqrt(jnp.where(skipped, 1.0, squared + smoothing)))
+        return (count() * wy[..., None, :] * distance).sum(-1)
+
     def by_product():
-        return *sums(inverses(squares()[0], skip())), jnp.zeros_like(wx[..., 0])
+        squared = squares()[0]
+        return *sums(inverses(squared, skip())), jnp.zeros_like(wx[..., 0]), lengths(squared, skip())
 
     def by_pairs():
         squared, near = squares()
@@ -366,11 +409,18 @@ def _block(first, second, centre, sign, skip, smoothing: float):
         near_x = jnp.zeros_like(here).reshape(-1, *here.shape[-2:]).at[group, i].add(-of_y[:, None] * force)
         near_y = jnp.zeros_like(there).reshape(-1, *there.shape[-2:]).at[group, :, j].add(of_x[:, None] * force)
         part = jnp.zeros_like(wx[..., 0]).ravel().at[group].add(of_x * _groups(wy)[group, j])
-        return here + near_x.reshape(here.shape), there + near_y.reshape(there.shape), part.reshape(wx.shape[:-1])
+        length = lengths(squared, skip() | near)
+        if count is not None:
+            factor = jnp.broadcast_to(count(), near.shape).ravel()[at] * _groups(wy)[group, j]
+            distance = jnp.where(skipped, 0.0, jnp.sqrt(jnp.where(skipped, 1.0, exact)))
+            length = _groups(length).at[group, i].add(factor * distance).reshape(length.shape)
+        here, there = here + near_x.reshape(here.shape), there + near_y.reshape(there.shape)
+        return here, there, part.reshape(wx.shape[:-1]), length
 
     def by_difference():
         exact = ((x[..., :, None, :] - y[..., None, :, :]) ** 2).sum(-1)
-        p = inverses(exact, skip() | (exact + smoothing <= 0))
+        skipped = skip() | (exact + smoothing <= 0)
+        p = inverses(exact, skipped)
 
         def row(there, one):
             x, w, p = one
@@ -382,7 +432,8 @@ def _block(first, second, centre, sign, skip, smoothing: float):
         there, here = jax.lax.scan(row, jnp.zeros_like(y), rows)
         widen = lambda sums: jnp.pad(sums, [(0, 0)] * (sums.ndim - 1) + [(0, 1)])
         part = (wx * (p * wy[..., None, :]).sum(-1)).sum(-1)
-        return widen(jnp.moveaxis(here, 0, -2)), jnp.swapaxes(widen(there), -1, -2), part
+        here, there = widen(jnp.moveaxis(here, 0, -2)), jnp.swapaxes(widen(there), -1, -2)
+        return here, there, part, lengths(exact, skipped)
 
     def by_differences():
         return jax.lax.cond(squares()[1].sum(dtype=jnp.int32) <= few, by_pairs, by_difference)
@@ -404,6 +455,13 @@ def _groups(weight):
 def _sizes(cells, weight):
     """Squared distance from the centre; cells without weight are put far away, where they are near to nothing."""
     return jnp.where(weight > 0, (cells * cells).sum(-1), _FAR)
+
+
+def _pulls(shifted, weight):
+    """w [z, 1] of every cell, with cells along the last axis: the way in which both products read it."""
+    return jnp.swapaxes(
+        weight[..., None] * jnp.concatenate([shifted, jnp.ones_like(shifted[..., :1])], axis=-1), -1, -2
+    )
 
 
 def _padded(array: jax.Array, axis: int, tile: int) -> jax.Array:
