@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,5 +88,6 @@ def pulls(cells: Tensor, weight: Tensor, first: int, n_rows: int, smoothing: flo
     width = triton.next_power_of_2(d)
     rows = max(1, NUMBERS // width)
     fixed: dict[str, Any] = {"smoothing": smoothing, "d": d, "width": width, "rows": rows, "run": RUN}
-    _kernel[triton.cdiv(n_rows, rows), n_groups](cells, weight, total, pull, n_cells, n_rows, first, **fixed)
+    with torch.cuda.device_of(cells):  # Triton launches on the current device
+        _kernel[triton.cdiv(n_rows, rows), n_groups](cells, weight, total, pull, n_cells, n_rows, first, **fixed)
     return total, pull
