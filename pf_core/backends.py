@@ -10,6 +10,7 @@ import numpy as np
 
 from pf_core.config import RK4_STEPS, Config
 from pf_core.errors import ConfigError
+from pf_core.sparse_counts import Batch
 
 Arrays = dict[str, np.ndarray]
 STAGES = {"operator": ("vae", "operator", "joint"), "flow": ("cvae", "flow")}  # of each system, in order
@@ -50,14 +51,24 @@ class Backend(Protocol):
         """A training state: trainable and frozen parameters, Adam's moments and count, carried vectors."""
         ...
 
+    def send(self, batch: Batch) -> dict[str, Any]:
+        """Batches or noise on their way to the device, for run and evaluate; counts become dense there."""
+        ...
+
     def run(
-        self, stage: str, state: Any, batches: Arrays, noises: Arrays, hypers: Arrays, config: Config
+        self,
+        stage: str,
+        state: Any,
+        batches: Mapping[str, Any],
+        noises: Mapping[str, Any],
+        hypers: Arrays,
+        config: Config,
     ) -> tuple[Any, dict[str, Any]]:
         """Many steps; every leaf has a leading axis of steps, then one of micro-batches."""
         ...
 
     def evaluate(
-        self, stage: str, state: Any, batch: Arrays, noise: Arrays, config: Config, beta: float
+        self, stage: str, state: Any, batch: Batch, noise: Batch, config: Config, beta: float
     ) -> dict[str, float]:
         """Loss and its parts on one batch; nothing is updated."""
         ...

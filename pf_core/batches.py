@@ -18,6 +18,7 @@ from pf_core.config import Config
 from pf_core.count_table import count_table, tail_sizes
 from pf_core.data import Dataset, Group
 from pf_core.labels import CONTROL, codes
+from pf_core.sparse_counts import Batch, SparseCounts, stack
 
 VALIDATION_CELLS = 256  # at most, per condition and side
 MIN_VALIDATION_CELLS = 5  # a condition with fewer says nothing about a distance
@@ -63,10 +64,6 @@ def epoch_slice(n: int, size: int, seed: int, name: str, index: int) -> np.ndarr
     return _epoch_order(seed, name, epoch, n)[place * size : (place + 1) * size]
 
 
-def micro_batches(trees: list[Arrays]) -> Arrays:
-    return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
-
-
 def attempted(name: str, attempt: int) -> str:
     return f"{name}.{attempt}" if attempt else name
 
@@ -98,13 +95,13 @@ class CellSource:
         found = [tail_sizes(counts) for _, counts in self.dataset.blocks(read)]
         return int(np.sort(np.concatenate(found))[-self.size :].sum())
 
-    def cells(self, indices: np.ndarray, size: int) -> Arrays:
+    def cells(self, indices: np.ndarray, size: int) -> Batch:
         """A batch of these cells, padded with weight 0 to a fixed size; with a count table where r is one per gene."""
         pad = size - len(indices)
         dtype = self.config.dtype
         rows, weight = self.dataset.rows(indices), np.ones(len(indices), dtype)
-        batch = {
-            "counts": np.pad(rows.toarray().astype(dtype, copy=False), ((0, pad), (0, 0))),
+        batch: dict[str, np.ndarray | SparseCounts] = {
+            "counts": SparseCounts.of_rows(rows, (size, rows.shape[1]), dtype),
             "tissue": np.pad(self.tissue[indices], (0, pad)),
             "library": np.pad(self.library[indices], (0, pad), constant_values=1.0),
             "weight": np.pad(weight, (0, pad)),
@@ -116,17 +113,17 @@ class CellSource:
         shape = (self.size, self.config.vae.n_latent)
         return {"eps": noise.normal(self.config.seed, name, index, shape, self.config.dtype)}
 
-    def micro_batch(self, stage: str, index: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def micro_batch(self, stage: str, index: int, attempt: int) -> tuple[Batch, Arrays]:
         order = attempted(f"{stage}.order", attempt)
         chosen = epoch_slice(len(self.train), self.size, self.config.seed, order, index)
         return self.cells(self.train[chosen], self.size), self.eps(attempted(f"{stage}.eps", attempt), index)
 
-    def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def batch(self, step: int, attempt: int) -> tuple[Batch, Batch]:
         n = getattr(self.config, f"stage_{self.stage}").accumulate
         pairs = [self.micro_batch(self.stage, step * n + micro, attempt) for micro in range(n)]
-        return micro_batches([batch for batch, _ in pairs]), micro_batches([eps for _, eps in pairs])
+        return stack([batch for batch, _ in pairs]), stack([eps for _, eps in pairs])
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         blocks = [self.held[start : start + self.size] for start in range(0, len(self.held), self.size)]
         return [
             (self.cells(block, self.size), self.eps(f"{self.stage}.validation", index), float(len(block)))
@@ -200,12 +197,12 @@ class ConditionSource:
         start = noise.normal(self.config.seed, "operator.v", 0, (rows, n_latent), self.config.dtype)
         return {name: start / np.linalg.norm(start, axis=1, keepdims=True)}
 
-    def micro_batch(self, index: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def micro_batch(self, index: int, attempt: int) -> tuple[Batch, Arrays]:
         seed, dtype, stage = self.config.seed, self.config.dtype, self.stage
         name = attempted(f"{stage}.conditions", attempt)
         rows = epoch_slice(len(self.groups), self.n_conditions, seed, name, index)
         rng = noise.generator(seed, attempted(f"{stage}.cells", attempt), index)
-        batch = {key: value[rows] for key, value in self.conditions.items()}
+        batch: dict[str, np.ndarray | SparseCounts] = {key: value[rows] for key, value in self.conditions.items()}
         batch |= self.sides([self.groups[row] for row in rows], self.n_cells, rng)
         slots = self.slots[rows]
         _, firsts = np.unique(slots, return_index=True)
@@ -221,7 +218,7 @@ class ConditionSource:
         shape = (self.n_conditions, self.latents.shape[1])
         return {"v0": noise.normal(self.config.seed, name, index, shape, self.config.dtype)}
 
-    def sides(self, groups: Sequence[Group], size: int, rng: np.random.Generator) -> Arrays:
+    def sides(self, groups: Sequence[Group], size: int, rng: np.random.Generator) -> Batch:
         """Controls and perturbed cells of each group; the two sides of a control group are disjoint halves."""
         drawn: dict[str, list[np.ndarray]] = {"x": [], "wx": [], "y": [], "wy": []}
         for group in groups:
@@ -235,25 +232,27 @@ class ConditionSource:
                 drawn["w" + side].append(weight)
         arrays = {key: np.stack(value) for key, value in drawn.items()}
         weights = {key: arrays[key].astype(self.config.dtype) for key in ("wx", "wy")}
-        return self.values(arrays["x"], arrays["y"]) | weights
+        return {**self.values(arrays["x"], arrays["y"]), **weights}
 
-    def values(self, x: np.ndarray, y: np.ndarray) -> Arrays:
+    def values(self, x: np.ndarray, y: np.ndarray) -> Batch:
         """What a step reads of the chosen cells, (n_conditions, n_cells) indices each side."""
         return {"x": self.latents[x], "y": self.latents[y]}
 
-    def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def batch(self, step: int, attempt: int) -> tuple[Batch, Batch]:
         n = getattr(self.config, f"stage_{self.stage}").accumulate
         pairs = [self.micro_batch(step * n + micro, attempt) for micro in range(n)]
-        return micro_batches([batch for batch, _ in pairs]), micro_batches([v0 for _, v0 in pairs])
+        return stack([batch for batch, _ in pairs]), stack([v0 for _, v0 in pairs])
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         out = []
         for index, start in enumerate(range(0, len(self.held), self.n_conditions)):
             groups = self.held[start : start + self.n_conditions]
             pad = self.n_conditions - len(groups)
             rows = np.pad(np.arange(start, start + len(groups)), (0, pad), mode="edge")
             rng = noise.generator(self.config.seed, f"{self.stage}.validation", index)
-            batch = {key: value[rows] for key, value in self.held_conditions.items()}
+            batch: dict[str, np.ndarray | SparseCounts] = {
+                key: value[rows] for key, value in self.held_conditions.items()
+            }
             batch |= self.sides([self.held[row] for row in rows], VALIDATION_CELLS, rng)
             weight = np.pad(np.ones(len(groups), self.config.dtype), (0, pad))
             batch |= {"slot": np.zeros(len(rows), np.int32), "distinct": weight, "weight": weight}
@@ -278,24 +277,24 @@ class JointSource(ConditionSource):
         super().__init__(latents, groups, validation, cells.dataset.perturbations, vocabulary, config)
         self.cells = cells
 
-    def values(self, x: np.ndarray, y: np.ndarray) -> Arrays:
-        out = {}
+    def values(self, x: np.ndarray, y: np.ndarray) -> Batch:
+        out: dict[str, np.ndarray | SparseCounts] = {}
         for side, indices in (("x", x), ("y", y)):
-            counts = self.cells.dataset.dense(indices.ravel(), self.config.dtype)
-            out[f"{side}_counts"] = counts.reshape(*indices.shape, -1)
+            rows = self.cells.dataset.rows(indices.ravel())
+            out[f"{side}_counts"] = SparseCounts.of_rows(rows, (*indices.shape, rows.shape[1]), self.config.dtype)
             out[f"{side}_library"] = self.cells.library[indices]
         return out
 
-    def micro_batch(self, index: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def micro_batch(self, index: int, attempt: int) -> tuple[Batch, Arrays]:
         batch, noises = super().micro_batch(index, attempt)
         cells, eps = self.cells.micro_batch("joint", index, attempt)
-        return batch | {f"cells_{key}": value for key, value in cells.items()}, noises | eps
+        return {**batch, **{f"cells_{key}": value for key, value in cells.items()}}, noises | eps
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         out = []
         for index, (batch, noises, weight) in enumerate(super().validation()):
             start = index * self.cells.size % max(len(self.cells.held), 1)
             cells = self.cells.cells(self.cells.held[start : start + self.cells.size], self.cells.size)
-            batch |= {f"cells_{key}": value for key, value in cells.items()}
-            out.append((batch, noises | self.cells.eps("joint.validation", index), weight))
+            batch = {**batch, **{f"cells_{key}": value for key, value in cells.items()}}
+            out.append((batch, {**noises, **self.cells.eps("joint.validation", index)}, weight))
         return out

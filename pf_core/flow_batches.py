@@ -17,13 +17,14 @@ import numpy as np
 
 from pf_core import noise
 from pf_core.backends import Arrays
-from pf_core.batches import CellSource, Vocabulary, attempted, epoch_slice, micro_batches
+from pf_core.batches import CellSource, Vocabulary, attempted, epoch_slice
 from pf_core.config import MIN_MATCHED, Config
 from pf_core.coupling import Coupler, pairs
 from pf_core.dataset import Dataset
 from pf_core.errors import PredictionError, nearest
 from pf_core.labels import Members, parse_condition, vocabulary
 from pf_core.networks import Network
+from pf_core.sparse_counts import Batch, stack
 from pf_core.times import Axis, Interval
 
 __all__ = ["CvaeSource", "PairSource", "condition_code", "course_vocabulary"]
@@ -191,12 +192,12 @@ class PairSource:
         batch = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         return batch | self.graph, self.tau(attempted("flow.tau", attempt), index)
 
-    def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def batch(self, step: int, attempt: int) -> tuple[Batch, Batch]:
         n = self.config.stage_flow.accumulate
         found = [self.micro_batch(step * n + micro, attempt) for micro in range(n)]
-        return micro_batches([batch for batch, _ in found]), micro_batches([tau for _, tau in found])
+        return stack([batch for batch, _ in found]), stack([tau for _, tau in found])
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         """Pairs of validation cells, VALIDATION_PAIRS of every interval, coupled among themselves."""
         parts = []
         for interval in self.held:

@@ -22,6 +22,7 @@ from pf_core.checkpoint import Checkpoint, Run, save_arrays, write_atomic
 from pf_core.config import BAD_STEPS_IN_A_ROW, MAX_RETURNS, RETURN_LR_FACTOR, Config, StageConfig
 from pf_core.errors import TrainingError
 from pf_core.health import judge
+from pf_core.sparse_counts import Batch, stack
 
 CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once; as many wait for the next call
 
@@ -29,11 +30,11 @@ CALL_BYTES = 256 << 20  # most bytes of batches handed to a backend at once; as 
 class Source(Protocol):
     """Batches of one stage, each a pure function of (seed, step, attempt)."""
 
-    def batch(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def batch(self, step: int, attempt: int) -> tuple[Batch, Batch]:
         """Batch and noise of a step; leaves have a leading axis of micro-batches."""
         ...
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         """Fixed batches without the micro-batch axis, their noise, and the weight of each."""
         ...
 
@@ -83,17 +84,13 @@ def next_stop(settings: StageConfig, step: int, per_call: int) -> int:
     return min(boundaries)
 
 
-def _stack(trees: list[Arrays]) -> Arrays:
-    return {name: np.stack([tree[name] for tree in trees]) for name in trees[0]}
-
-
 class Ahead:
-    """A source read by one thread, which makes the batches of the next call while the backend computes."""
+    """A source read by one thread, which makes and sends the batches of the next call while the backend computes."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, send: Callable[[Batch], dict[str, Any]]) -> None:
+        self.source, self.send = source, send
         self.thread = ThreadPoolExecutor(1)
-        self.made: dict[tuple[int, int, int], Future[tuple[Arrays, Arrays]]] = {}
+        self.made: dict[tuple[int, int, int], Future[tuple[dict[str, Any], dict[str, Any]]]] = {}
 
     def begin(self, start: int, stop: int, attempt: int) -> None:
         """Start on the batches of the steps from start to stop; others that nobody took are dropped."""
@@ -102,17 +99,22 @@ class Ahead:
                 future.cancel()
             self.made = {(start, stop, attempt): self.thread.submit(self._make, start, stop, attempt)}
 
-    def take(self, start: int, stop: int, attempt: int) -> tuple[Arrays, Arrays]:
-        """Batches and noise of the steps from start to stop."""
+    def take(self, start: int, stop: int, attempt: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Batches and noise of the steps from start to stop, as the backend takes them."""
         self.begin(start, stop, attempt)
         return self.made.pop((start, stop, attempt)).result()
 
-    def validation(self) -> list[tuple[Arrays, Arrays, float]]:
+    def look(self, step: int, attempt: int) -> tuple[Arrays, Arrays]:
+        """Batch and noise of a step as NumPy has them."""
+        batch, noise = self.thread.submit(self.source.batch, step, attempt).result()
+        return {n: np.asarray(leaf) for n, leaf in batch.items()}, {n: np.asarray(leaf) for n, leaf in noise.items()}
+
+    def validation(self) -> list[tuple[Batch, Batch, float]]:
         return self.thread.submit(self.source.validation).result()
 
-    def _make(self, start: int, stop: int, attempt: int) -> tuple[Arrays, Arrays]:
+    def _make(self, start: int, stop: int, attempt: int) -> tuple[dict[str, Any], dict[str, Any]]:
         pairs = [self.source.batch(step, attempt) for step in range(start, stop)]
-        return _stack([batch for batch, _ in pairs]), _stack([noise for _, noise in pairs])
+        return self.send(stack([batch for batch, _ in pairs])), self.send(stack([noise for _, noise in pairs]))
 
     def close(self) -> None:
         """Wait for the thread; what it made is dropped."""
@@ -263,9 +265,9 @@ def train_stage(
 
     per_call = steps_per_call(source, settings)
     names = sorted(trainable)
-    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in source.batch(0, 0))
-    unreached = backend.unreached(stage, params, trainable, batch, noise, carry, config)
-    with closing(Ahead(source)) as ahead:
+    with closing(Ahead(source, backend.send)) as ahead:
+        batch, noise = ({name: array[0] for name, array in tree.items()} for tree in ahead.look(0, 0))
+        unreached = backend.unreached(stage, params, trainable, batch, noise, carry, config)
         while not position.done and position.step < settings.max_steps:
             stop = next_stop(settings, position.step, per_call)
             batches, noises = ahead.take(position.step, stop, position.attempt)
@@ -391,8 +393,7 @@ def _crash(
         position.step = stop
     exported = backend.export(state)
     everything = {**params, **exported["params"]}
-    made = ahead.take(crash_step, crash_step + 1, position.attempt)
-    batch, noise = ({name: array[0] for name, array in tree.items()} for tree in made)
+    batch, noise = ahead.look(crash_step, position.attempt)
     hyper = {
         "lr": learning_rate(settings, crash_step) * position.lr_scale,
         "beta": kl_weight(config, stage, crash_step),

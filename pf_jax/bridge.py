@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from jax.stages import Traced
 from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, health_of
 from pf_core.initial import select
+from pf_core.sparse_counts import Batch, SparseCounts
 from pf_jax import steps
 from pf_jax.conditions import ConditionEncoder
 from pf_jax.coupling import entropic_plan
@@ -282,6 +284,12 @@ class _Flow:
         return path.at[0].set(z)  # not rounded by the way there and back
 
 
+@partial(jax.jit, static_argnames="shape")
+def _scatter(places, values, *, shape):
+    flat = jnp.zeros(math.prod(shape), values.dtype)
+    return flat.at[places].set(values, mode="drop", unique_indices=True).reshape(shape)
+
+
 @jax.jit
 def _operators(params, conditions):
     theta = ConditionEncoder(select(params, "conditions"))(**conditions)
@@ -312,6 +320,7 @@ class Backend:
             jax.config.update("jax_enable_x64", True)
         self.dtype, self.device = dtype, device
         self._place = _device(device)
+        self.scatters = self._place.platform != "cpu"  # whether counts become dense on the device
         self._cached: tuple[tuple[int, ...], Any, dict[str, jax.Array]] | None = None
         self._unreached: dict[Any, set[str]] = {}
 
@@ -360,15 +369,57 @@ class Backend:
         # Committed to the device, as the state that comes out of a step is: otherwise the second call compiles again.
         return jax.device_put(state, self._place)
 
+    def send(self, batch: Batch) -> dict[str, Any]:
+        """Batches or noise on their way to the device: what `run` and `evaluate` take instead of NumPy arrays.
+
+        Nothing is differentiated. Floating arrays are put on the device, or read where they lie, so that they must not
+        change afterwards. Counts without their zeros become dense; they travel without them. Integers stay as they
+        are, for `run` to check.
+
+        Args:
+            batch: NumPy arrays and `pf_core.sparse_counts.SparseCounts` by name, of any shape.
+
+        Returns:
+            The same names.
+        """
+        return {name: self._sent(leaf) for name, leaf in batch.items()}
+
+    def _sent(self, leaf: Any) -> Any:
+        if isinstance(leaf, SparseCounts):
+            if self.scatters and leaf.travels_lighter:
+                return self._scattered(leaf)
+            leaf = leaf.dense()
+        if isinstance(leaf, jax.Array) or not np.issubdtype(np.asarray(leaf).dtype, np.floating):
+            return leaf
+        return jax.device_put(np.asarray(leaf, self.dtype), self._place)
+
+    def _scattered(self, counts: SparseCounts) -> jax.Array:
+        size, n = math.prod(counts.shape), len(counts.places)
+        # A program belongs to a number of values: few numbers, at most a sixteenth apart. What is added is dropped.
+        more = -n % 2 ** max(n.bit_length() - 5, 0)
+        places = np.concatenate([counts.places, size + np.arange(more)]).astype(np.int32)
+        values = np.pad(counts.values, (0, more)).astype(self.dtype, copy=False)
+        return _scatter(*jax.device_put((places, values), self._place), shape=counts.shape)
+
+    def _batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+        sent = self.send(batch)
+        return {name: leaf if isinstance(leaf, jax.Array) else self._arrays(leaf) for name, leaf in sent.items()}
+
     def run(
-        self, stage: Stage, state: Any, batches: Numpy, noises: Numpy, hypers: Numpy, config: Config
+        self,
+        stage: Stage,
+        state: Any,
+        batches: Mapping[str, Any],
+        noises: Mapping[str, Any],
+        hypers: Numpy,
+        config: Config,
     ) -> tuple[Any, dict[str, Any]]:
         """Many steps in one call. The state that is passed in is used up.
 
         Args:
             stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
-            batches: leaves (n_steps, n_micro, ...).
+            batches: leaves (n_steps, n_micro, ...), of NumPy or from `send`.
             noises: the same.
             hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
             config: the run's configuration.
@@ -382,19 +433,19 @@ class Backend:
         steps.check_stage(stage)
         self._check_indices(state.params | state.frozen, state.carry, batches)
         state, metrics = steps.run_steps(
-            stage, state, self._arrays(batches), self._arrays(noises), self._arrays(hypers), config=config
+            stage, state, self._batch(batches), self._batch(noises), self._arrays(hypers), config=config
         )
         return state, to_numpy(metrics)
 
     def evaluate(
-        self, stage: Stage, state: Any, batch: Numpy, noise: Numpy, config: Config, beta: float
+        self, stage: Stage, state: Any, batch: Batch, noise: Batch, config: Config, beta: float
     ) -> dict[str, float]:
         """Loss of a stage and its parts, without an update.
 
         Args:
             stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
-            batch: without an axis of micro-batches.
+            batch: without an axis of micro-batches, of NumPy or from `send`.
             noise: the same.
             config: the run's configuration.
             beta: weight of the KL divergence.
@@ -407,7 +458,7 @@ class Backend:
         """
         steps.check_stage(stage)
         self._check_indices(state.params | state.frozen, state.carry, batch)
-        parts = steps.evaluate(stage, state, self._arrays(batch), self._arrays(noise), config=config, beta=beta)
+        parts = steps.evaluate(stage, state, self._batch(batch), self._batch(noise), config=config, beta=beta)
         return {name: float(value) for name, value in parts.items()}
 
     def export(self, state: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pf_core.config import NORMALISED_TOTAL, RK4_STEPS, Config
 from pf_core.health import Health, judge
 from pf_core.initial import select
+from pf_core.sparse_counts import Batch, SparseCounts
 from pf_torch.conditions import ConditionEncoder
 from pf_torch.coupling import entropic_plan
 from pf_torch.cvae import CVAE
@@ -173,7 +174,9 @@ def _check_index(name: str, index: np.ndarray, n: int) -> None:
         )
 
 
-def _check_indices(params: Mapping[str, Any], arrays: Arrays, carry: Mapping[str, Any] | None = None) -> None:
+def _check_indices(
+    params: Mapping[str, Any], arrays: Mapping[str, Any], carry: Mapping[str, Any] | None = None
+) -> None:
     """Indices within the model's tables: nothing inside a step looks at them."""
     sizes = {}
     if "vae.encoder.mean.weight" in params:
@@ -218,6 +221,7 @@ class Backend:
             reason = str(error).splitlines()[0]
             raise ValueError(f"device {device!r} is not usable ({reason}); use 'cpu', or install its driver") from None
         self.dtype, self.compile = dtype, compile
+        self.scatters = self.device.type != "cpu"  # whether counts become dense on the device
         torch.set_float32_matmul_precision("highest")
 
     def describe(self) -> dict[str, str]:
@@ -273,15 +277,51 @@ class Backend:
             params, trainable=trainable, m=m, v=v, count=count, carry=carry, dtype=self.dtype, device=self.device
         )
 
+    def send(self, batch: Batch) -> dict[str, Any]:
+        """Batches or noise on their way to the device: what `run` and `evaluate` take instead of NumPy arrays.
+
+        Nothing is differentiated. Floating arrays are put on the device, or read where they lie, so that they must not
+        change afterwards. Counts without their zeros become dense; they travel without them. Integers stay as they
+        are, for `run` to check.
+
+        Args:
+            batch: NumPy arrays and `pf_core.sparse_counts.SparseCounts` by name, of any shape.
+
+        Returns:
+            The same names.
+        """
+        return {name: self._sent(leaf) for name, leaf in batch.items()}
+
+    def _sent(self, leaf: Any) -> Any:
+        if isinstance(leaf, SparseCounts):
+            if self.scatters and leaf.travels_lighter:
+                return self._scattered(leaf)
+            leaf = leaf.dense()
+        if isinstance(leaf, Tensor) or not np.issubdtype(np.asarray(leaf).dtype, np.floating):
+            return leaf
+        return self._to(torch.from_numpy(np.require(leaf, requirements=["C", "W"])))
+
+    def _scattered(self, counts: SparseCounts) -> Tensor:
+        places = torch.from_numpy(counts.places.astype(np.int32)).to(self.device).long()
+        values = self._to(counts.values)
+        flat = torch.zeros(math.prod(counts.shape), dtype=values.dtype, device=self.device)
+        return flat.scatter_(0, places, values).reshape(counts.shape)
+
     def run(
-        self, stage: str, state: TrainState, batches: Arrays, noises: Arrays, hypers: Arrays, config: Config
+        self,
+        stage: str,
+        state: TrainState,
+        batches: Mapping[str, Any],
+        noises: Mapping[str, Any],
+        hypers: Arrays,
+        config: Config,
     ) -> tuple[TrainState, dict[str, Any]]:
         """Many steps in one call. The state that is passed in is used up.
 
         Args:
             stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
-            batches: leaves (n_steps, n_micro, ...).
+            batches: leaves (n_steps, n_micro, ...), of NumPy or from `send`.
             noises: the same.
             hypers: {"lr": (n_steps,), "beta": (n_steps,)}.
             config: the run's configuration.
@@ -293,19 +333,19 @@ class Backend:
             ValueError: an unknown stage, or an index beyond its table.
         """
         _check_indices({**state.params, **state.frozen}, batches, state.carry)
-        data = [self._to(tree) for tree in (batches, noises, hypers)]
+        data = [self._to(tree) for tree in (self.send(batches), self.send(noises), hypers)]
         state, metrics = run_steps(stage, state, *data, config=config, compile=self.compile)
         return state, to_numpy(metrics)
 
     def evaluate(
-        self, stage: str, state: TrainState, batch: Arrays, noise: Arrays, config: Config, beta: float
+        self, stage: str, state: TrainState, batch: Batch, noise: Batch, config: Config, beta: float
     ) -> dict[str, float]:
         """Loss of a stage and its parts, without an update.
 
         Args:
             stage: a name of `pf_core.backends.STAGES`.
             state: from `init` or `run`.
-            batch: without an axis of micro-batches.
+            batch: without an axis of micro-batches, of NumPy or from `send`.
             noise: the same.
             config: the run's configuration.
             beta: weight of the KL divergence.
@@ -317,7 +357,8 @@ class Backend:
             ValueError: an unknown stage, or an index beyond its table.
         """
         _check_indices({**state.params, **state.frozen}, batch, state.carry)
-        parts = evaluate(stage, state, self._to(batch), self._to(noise), config=config, beta=beta)
+        data = self._to(self.send(batch)), self._to(self.send(noise))
+        parts = evaluate(stage, state, *data, config=config, beta=beta)
         return {name: float(value) for name, value in parts.items()}
 
     def export(self, state: TrainState) -> dict[str, Any]:

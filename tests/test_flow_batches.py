@@ -76,7 +76,7 @@ def test_validation_cells_come_once_each(parts):
     dataset, _, split, _, _, _, vocabulary = parts
     source = CvaeSource(dataset, split.train, split.validation, vocabulary, CONFIG, 13)
     found = source.validation()
-    counts = np.concatenate([batch["counts"][batch["weight"] > 0] for batch, _, _ in found])
+    counts = np.concatenate([np.asarray(batch["counts"])[batch["weight"] > 0] for batch, _, _ in found])
     np.testing.assert_array_equal(counts, dataset.dense(split.validation))
     assert sum(weight for _, _, weight in found) == len(split.validation)
     assert all(noise["keep1"].shape == (13, 5) for _, noise, _ in found)

@@ -84,10 +84,19 @@ def poison(monkeypatch, is_bad) -> None:
 
 
 @pytest.mark.parametrize("backend", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
-def test_two_runs_of_one_seed_give_identical_files(cells, tmp_path, backend):
-    for name in ("first", "second"):
+def test_two_runs_of_one_seed_give_identical_files(cells, tmp_path, monkeypatch, backend):
+    load = backends.load
+
+    def scattering(*args, **options):
+        twin = load(*args, **options)
+        twin.scatters = True  # as on an accelerator
+        return twin
+
+    for name in ("first", "second", "scattered"):
+        if name == "scattered":
+            monkeypatch.setattr(backends, "load", scattering)
         fit.fit(cells, out=tmp_path / name, backend=backend, config=small_config())
-    assert files_of(tmp_path / "first") == files_of(tmp_path / "second")
+    assert files_of(tmp_path / "first") == files_of(tmp_path / "second") == files_of(tmp_path / "scattered")
 
 
 @pytest.mark.parametrize("backend", TWINS)
@@ -288,7 +297,7 @@ class Watched:
 
 def test_batches_are_made_ahead_by_one_thread_and_are_those_that_were_asked_for():
     source = Watched()
-    with closing(Ahead(source)) as ahead:
+    with closing(Ahead(source, dict)) as ahead:
         for start, stop, attempt, following in (
             (0, 3, 0, (3, 5)),
             (3, 5, 0, (5, 8)),
@@ -313,7 +322,7 @@ def test_an_error_of_the_source_reaches_the_training():
                 raise DataError("the file changed since it was loaded; load it again")
             return {}, {}
 
-    with closing(Ahead(Broken())) as ahead:
+    with closing(Ahead(Broken(), dict)) as ahead:
         ahead.take(0, 2, 0)
         ahead.begin(2, 4, 0)
         with pytest.raises(DataError, match="the file changed"):
