@@ -11,11 +11,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from parity_tests import oracle_steps, oracles
 from parity_tests import synthetic as syn
 from parity_tests.trees import flatten
 from pf_core.initial import select
+from pf_core.sparse_counts import SparseCounts
 
 STAGES = ("vae", "operator", "joint")
 TIGHT = 1e-11  # float64, relative to the largest entry: thousands of roundings, and no fault is so small
@@ -409,11 +411,31 @@ def first_accepted(misuses: dict[str, Callable[[], Any]]) -> str:
 
 
 # The cheap ones first: a mutant is dropped at the first check that notices it.
+def sent_batches(twin: Twin) -> str:
+    """What a device holds is what was sent, read where it lies or made dense by a scatter; integers come back."""
+    rng = np.random.default_rng(17)
+    dense = rng.poisson(3.0, (2, 3, 7, 23)) * (rng.random((2, 3, 7, 23)) < 0.3) * 1.0
+    dense[0, 0, 0, 0] = 5.0  # what fills a scatter up must not land on it
+    rows = [csr_matrix(block[:-1]) for block in dense.reshape(6, 7, 23)]
+    dense[..., -1, :] = 0  # of a row that the matrices lack
+    tree = {"counts": SparseCounts(dense.shape, tuple(rows)), "eps": rng.normal(size=(2, 3)), "tissue": np.arange(5)}
+    backend = _backend(twin)
+    for backend.scatters in (False, True):
+        sent = backend.send(tree)
+        for again in (sent, backend.send(sent)):
+            if again["tissue"] is not tree["tissue"]:
+                return "integers were sent before they were checked"
+            if problem := _differs(twin.bridge.to_numpy(again), {**tree, "counts": dense}, 0.0):
+                return f"{'scattered' if backend.scatters else 'read in place'}: {problem}"
+    return ""
+
+
 CHECKS: dict[str, Callable[[Twin], str]] = {
     check.__name__: check
     for check in (
         gradient_paths,
         arrays,
+        sent_batches,
         recordings,
         the_round_trip,
         the_model,

@@ -575,6 +575,18 @@ JAX: list[tuple[str, str, str, str]] = [
     ("bridge", "an export loses the count", '"count": int(state.count)', '"count": 0'),
     ("bridge", "an export confuses the moments", '"v": to_numpy(state.v)', '"v": to_numpy(state.m)'),
     ("bridge", "float32 on the way in", "kind = np.dtype(dtype or kind)", "kind = np.dtype(np.float32)"),
+    (
+        "bridge",
+        "batches sent as float32",
+        "np.asarray(leaf, self.dtype), self._place",
+        "np.asarray(leaf, np.float32), self._place",
+    ),
+    (
+        "bridge",
+        "what fills a scatter up lands on the first count",
+        "beyond = math.prod(counts.shape) +",
+        "beyond = 0 *",
+    ),
     ("bridge", "negative indices are not noticed", "if low < 0 or high >= limit:", "if high >= limit:"),
     ("bridge", "evaluation with another beta", "config=config, beta=beta)\n", "config=config, beta=1.0)\n"),
     (
@@ -711,6 +723,8 @@ TORCH: list[tuple[str, str, str, str]] = [
     # bridge, probe
     ("bridge", "zero in the place of no gradient", "allow_unused=True)\n    else:\n        grads = [None] * len(leaves)", "allow_unused=True, materialize_grads=True)\n    else:\n        grads = [None] * len(leaves)"),
     ("bridge", "an export loses the count", '"count": state.count}', '"count": 0}'),
+    ("bridge", "counts that meet where they are scattered add up in one place", "places, values = self._to(counts.places()).long()", "places, values = 0 * self._to(counts.places()).long()"),
+    ("bridge", "integers are sent before they are checked", "isinstance(leaf, Tensor) or not", "isinstance(leaf, Tensor) and not"),
     ("bridge", "float32 on the way in", "return to_backend(tree, self.dtype, self.device)", 'return to_backend(to_backend(tree, "float32"), self.dtype, self.device)'),
     ("bridge", "indices are not checked", "if index.size and (index.min() < 0 or index.max() >= n):", "if False:"),
     ("bridge", "an export confuses the moments", '"v": state.v,', '"v": state.m,'),

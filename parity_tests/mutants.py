@@ -6,6 +6,7 @@ other side and the oracle are kept.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -17,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from parity_tests import backend_checks, backend_checks_flow, mutant_list, mutant_list_flow
 from parity_tests.cases import Case, all_cases
 from parity_tests.compare import compare, oracle_of
 from parity_tests.sides import Evaluation, Namespace, Side
+from pf_core.checkpoint import write_atomic
 
 TIER = "float64"
 JAX, TORCH = mutant_list.JAX + mutant_list_flow.JAX, mutant_list.TORCH + mutant_list_flow.TORCH
@@ -59,6 +62,7 @@ class Verdict:
     tried: int = 0
     seconds: float = 0.0
     equivalent: str = ""
+    programs: str = ""  # a digest of all that it depends on
 
     @property
     def killed(self) -> bool:
@@ -252,13 +256,37 @@ def score(verdicts: list[Verdict]) -> tuple[int, int]:
     return sum(verdict.killed for verdict in counted), len(counted)
 
 
+def _programs(all_checks: bool) -> str:
+    """A digest of the twins, their core, the suite and the frameworks."""
+    digest = hashlib.sha256(f"{all_checks} {version('jax')} {version('torch')} {version('numpy')}".encode())
+    for package in ("pf_core", "pf_jax", "pf_torch", "parity_tests"):
+        for path in sorted(_folder(package).glob("*.py")):
+            digest.update(f"{package}/{path.name} ".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _earlier(path: Path | None, programs: str) -> dict[str, Verdict]:
+    """Verdicts of a run of the same programs that ended before its time."""
+    if path is None or not path.exists():
+        return {}
+    verdicts = [Verdict(**entry) for entry in json.loads(path.read_text())]
+    return {verdict.mutant: verdict for verdict in verdicts if verdict.programs == programs}
+
+
 def run(*, all_checks: bool = False, out: Path | None = None, only: str = "") -> list[Verdict]:
-    """Judge every mutant whose name contains `only`, with a line each; write mutants.json to `out`."""
-    verdicts = []
+    """Judge every mutant whose name contains `only`, with a line each; write mutants.json to `out`.
+
+    It takes long and goes on from the mutants.json that it finds there, as far as that is of the same programs.
+    """
+    path, programs = out and out / "mutants.json", _programs(all_checks)
+    earlier, verdicts = _earlier(path, programs), []
+    if earlier:
+        print(f"{len(earlier)} verdicts of an earlier run of the same programs are taken over", flush=True)
     for mutant in all_mutants():
         if only not in mutant.name:
             continue
-        verdict = judge(mutant, all_checks=all_checks)
+        verdict = earlier.get(mutant.name) or judge(mutant, all_checks=all_checks)
+        verdict.programs = programs
         verdicts.append(verdict)
         word = (
             verdict.killed_by[0]
@@ -268,9 +296,10 @@ def run(*, all_checks: bool = False, out: Path | None = None, only: str = "") ->
             else "SURVIVED"
         )
         print(f"{verdict.seconds:5.1f} s  {mutant.name}  <-  {word}", flush=True)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "mutants.json").write_text(json.dumps([asdict(v) for v in verdicts], indent=1))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kept = {verdict.mutant: verdict for verdict in (*earlier.values(), *verdicts)}
+            write_atomic(path, json.dumps([asdict(verdict) for verdict in kept.values()], indent=1))
     killed, total = score(verdicts)
     print(f"{killed} of {total} mutants noticed")
     return verdicts

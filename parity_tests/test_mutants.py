@@ -91,6 +91,25 @@ def test_a_mutant_whose_text_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch
         mutants.all_mutants()
 
 
+def test_a_run_goes_on_from_the_verdicts_of_the_same_programs(monkeypatch, tmp_path, capsys) -> None:
+    from parity_tests import mutants
+
+    one, other = "torch, spectral: the iteration is not detached", "torch, bridge: integers are sent before"
+    (first,), (second,) = (mutants.run(only=name, out=tmp_path) for name in (one, other))
+    assert first.killed
+    assert second.killed
+    judged = []
+    monkeypatch.setattr(mutants, "judge", lambda mutant, **_: judged.append(mutant.name) or first)
+    assert mutants.run(only=one, out=tmp_path) == [first]
+    assert "2 verdicts of an earlier run" in capsys.readouterr().out
+    assert judged == []
+    mutants.run(only=one, out=tmp_path, all_checks=True)
+    assert judged == [one], "another question"
+    monkeypatch.setattr(mutants, "version", lambda name: f"another {name}")
+    mutants.run(only=one, out=tmp_path)
+    assert judged == [one, one], "other programs"
+
+
 def test_removing_the_only_check_that_notices_a_mutant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kill matrix calls it indispensable; without it the mutant survives and the score falls."""
     from parity_tests import mutants

@@ -101,7 +101,7 @@ class CellSource:
         dtype = self.config.dtype
         rows, weight = self.dataset.rows(indices), np.ones(len(indices), dtype)
         batch: dict[str, np.ndarray | SparseCounts] = {
-            "counts": SparseCounts.of_rows(rows, (size, rows.shape[1]), dtype),
+            "counts": SparseCounts((size, rows.shape[1]), (rows.astype(dtype, copy=False),)),
             "tissue": np.pad(self.tissue[indices], (0, pad)),
             "library": np.pad(self.library[indices], (0, pad), constant_values=1.0),
             "weight": np.pad(weight, (0, pad)),
@@ -281,7 +281,8 @@ class JointSource(ConditionSource):
         out: dict[str, np.ndarray | SparseCounts] = {}
         for side, indices in (("x", x), ("y", y)):
             rows = self.cells.dataset.rows(indices.ravel())
-            out[f"{side}_counts"] = SparseCounts.of_rows(rows, (*indices.shape, rows.shape[1]), self.config.dtype)
+            rows = rows.astype(self.config.dtype, copy=False)
+            out[f"{side}_counts"] = SparseCounts((*indices.shape, rows.shape[1]), (rows,))
             out[f"{side}_library"] = self.cells.library[indices]
         return out
 

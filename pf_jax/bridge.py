@@ -394,12 +394,12 @@ class Backend:
         return jax.device_put(np.asarray(leaf, self.dtype), self._place)
 
     def _scattered(self, counts: SparseCounts) -> jax.Array:
-        size, n = math.prod(counts.shape), len(counts.places)
+        places, values = counts.places(), counts.values().astype(self.dtype, copy=False)
         # A program belongs to a number of values: few numbers, at most a sixteenth apart. What is added is dropped.
-        more = -n % 2 ** max(n.bit_length() - 5, 0)
-        places = np.concatenate([counts.places, size + np.arange(more)]).astype(np.int32)
-        values = np.pad(counts.values, (0, more)).astype(self.dtype, copy=False)
-        return _scatter(*jax.device_put((places, values), self._place), shape=counts.shape)
+        more = -len(places) % 2 ** max(len(places).bit_length() - 5, 0)
+        beyond = math.prod(counts.shape) + np.arange(more, dtype=np.int32)
+        padded = np.concatenate([places, beyond]), np.pad(values, (0, more))
+        return _scatter(*jax.device_put(padded, self._place), shape=counts.shape)
 
     def _batch(self, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         sent = self.send(batch)

@@ -302,8 +302,7 @@ class Backend:
         return self._to(torch.from_numpy(np.require(leaf, requirements=["C", "W"])))
 
     def _scattered(self, counts: SparseCounts) -> Tensor:
-        places = torch.from_numpy(counts.places.astype(np.int32)).to(self.device).long()
-        values = self._to(counts.values)
+        places, values = self._to(counts.places()).long(), self._to(counts.values())
         flat = torch.zeros(math.prod(counts.shape), dtype=values.dtype, device=self.device)
         return flat.scatter_(0, places, values).reshape(counts.shape)
 
