@@ -29,7 +29,7 @@ from parity_tests.compare import (
     judge,
     structural,
 )
-from parity_tests.sides import TIERS, Evaluation, Side
+from parity_tests.sides import LOW, TIERS, Evaluation, Side
 from parity_tests.trees import flatten
 
 __all__ = ["PairReport", "check", "check_modules", "note"]
@@ -102,7 +102,8 @@ def check(
         inputs: NumPy arrays by argument name.
         differentiate: leaves to differentiate in, as paths with wildcards: "params/*", "inputs/x".
         oracle: a NumPy function of the same arguments in float64, which decides who is wrong.
-        dtypes: "float64", "float32", "tf32", "bf16".
+        dtypes: "float64", "float32", "tf32", "bf16". The last two are asked of the devices; a processor that multiplies
+            in float32 nevertheless is named in the remarks.
         quantities: of "value", "gradient", "jvp", "hvp".
         devices: JAX's and PyTorch's.
 
@@ -135,6 +136,9 @@ def check(
     if "float64" in dtypes:
         for quantity in case.quantities:
             report.results += _compare64(case, quantity, sides, base, scale, truth)
+    low = [tier for tier in dtypes if tier in LOW]
+    if low and "cpu" in devices:
+        report.remarks.append(f"{' and '.join(low)}: a processor may multiply in float32, and JAX's does")
     for tier in (tier for tier in dtypes if tier != "float64"):
         lower = tuple(
             _PairSide(s.framework, s.device, tier, compiled=s.compiled, function=s.function).evaluate(case)
@@ -144,7 +148,7 @@ def check(
             report.results += _compare_low(quantity, tier, lower, base, scale)
     if not report.passed:
         report.divergence = _first_note(sides, case)
-        report.remarks = _remarks(sides, case, base)
+        report.remarks += _remarks(sides, case, base)
     return report
 
 

@@ -44,6 +44,7 @@ def test_tiers_below_float32_are_those_of_the_process_for_given_functions(tier: 
     report = check(watched, jax_layer, params=PARAMS, inputs=INPUTS, dtypes=("float64", tier))
     assert report.passed, str(report)
     assert {"highest", TIERS[tier][3]} == set(seen)
+    assert f"{tier}: a processor may multiply in float32" in str(report)
     assert torch.get_float32_matmul_precision() == "highest"
 
 
