@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from parity_tests.case import Case
-from parity_tests.sides import TIERS, Evaluation, Side, evaluate_oracle
+from parity_tests.sides import ANOTHER_WAY, TIERS, Evaluation, Side, evaluate_oracle
 
 EQUAL, NOISE = "equal", "both at noise"
 JAX_WRONG, TORCH_WRONG, BOTH_WRONG = "JAX wrong", "PyTorch wrong", "both wrong"
@@ -150,7 +151,19 @@ def compare(
             if any(leaf not in one for one in got):
                 continue
             _leaf(case, quantity, leaf, sides, (got[0][leaf], got[1][leaf]), wanted[leaf], oracle, add)
+    for place, (quantity, way) in enumerate(ANOTHER_WAY[side.framework] for side in sides):
+        if quantity in skip:
+            continue
+        for leaf, value in found[place].again.get(quantity, {}).items():
+            pair = [side.quantity(quantity)[leaf] for side in found]
+            pair[place] = value
+            label = partial(_labelled, add, way)
+            _leaf(case, quantity, leaf, sides, (pair[0], pair[1]), oracle.quantity(quantity)[leaf], oracle, label)
     return results
+
+
+def _labelled(add: Any, way: str, quantity: str, leaf: str, verdict: str, **more: Any) -> None:
+    add(quantity, f"{leaf}, {way}", verdict, **more)
 
 
 def _leaf(

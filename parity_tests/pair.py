@@ -68,6 +68,7 @@ class _PairSide(Side):
     """A side whose function is the caller's."""
 
     function: Callable[..., Any] = print
+    forward_mode: bool = False
 
     @property
     def namespace(self) -> Any:  # type: ignore[override]

@@ -50,6 +50,10 @@ TIERS = {
 LOW = ("tf32", "bf16")  # of accelerators: XLA multiplies in float32 on processors, whatever is asked of it
 
 
+# A rule of differentiation has a value of its own in JAX, and a forward mode in PyTorch: neither is seen otherwise.
+ANOTHER_WAY = {"jax": ("value", "while differentiating"), "torch": ("jvp", "forward mode")}
+
+
 class MissingDevice(RuntimeError):
     """A device was asked for that this machine does not have."""
 
@@ -63,6 +67,7 @@ class Evaluation:
     jvp: dict[str, Any] = field(default_factory=dict)
     hvp: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    again: dict[str, dict[str, Any]] = field(default_factory=dict)  # a quantity found another way, see ANOTHER_WAY
 
     def quantity(self, name: str) -> dict[str, Any]:
         return getattr(self, name)
@@ -89,6 +94,7 @@ class Side:
     tier: str = "float64"
     package: str = ""  # a mutated copy's name; the twin itself by default
     compiled: bool = True  # JAX: under jit, as users run it
+    forward_mode: bool = True  # PyTorch: J u by dual numbers too, which not every function can
 
     @property
     def name(self) -> str:
@@ -178,26 +184,30 @@ def _evaluate_jax(side: Side, case: Case, quantities: tuple[str, ...]) -> Evalua
                 for name, value in flatten(case.call(side.namespace, {**fixed, **moving})).items()
             }
 
-        def scalar(moving: Leaves) -> Any:
+        def scalar(moving: Leaves) -> tuple[Any, Leaves]:
+            found = outputs(moving)
             parts = [
                 jnp.sum(value * side.array(case.weight(name, value.shape)))
-                for name, value in outputs(moving).items()
+                for name, value in found.items()
                 if _is_float(value)
             ]
-            return sum(parts[1:], parts[0])
+            return sum(parts[1:], parts[0]), found
+
+        def gradient(moving: Leaves) -> Leaves:
+            return jax.grad(scalar, has_aux=True)(moving)[0]
 
         def forward(moving: Leaves) -> Leaves:
             # Only floats have tangents; integer outputs (a step count) are values alone.
             return {name: value for name, value in outputs(moving).items() if _is_float(value)}
 
         def slope(moving: Leaves) -> Any:
-            gradient = jax.grad(scalar)(moving)
-            return sum(jnp.sum(gradient[name] * directions[name]) for name in active)
+            found = gradient(moving)
+            return sum(jnp.sum(found[name] * directions[name]) for name in active)
 
         def everything(moving: Leaves) -> Leaves:
             out: Leaves = {"value": outputs(moving)}
             if "gradient" in quantities and active:
-                out["gradient"] = jax.grad(scalar)(moving)
+                out["gradient"], out["again"] = jax.grad(scalar, has_aux=True)(moving)
             if "jvp" in quantities and active:
                 out["jvp"] = jax.jvp(forward, (moving,), (directions,))[1]
             if "hvp" in quantities and active:
@@ -206,9 +216,10 @@ def _evaluate_jax(side: Side, case: Case, quantities: tuple[str, ...]) -> Evalua
 
         result = (jax.jit(everything) if side.compiled else everything)(moving)
         result = jax.tree.map(np.asarray, result)
-        without = jax_without_path(jax.grad(scalar), moving, result["gradient"]) if "gradient" in result else set()
-    gradient = {name: None if name in without else value for name, value in result.get("gradient", {}).items()}
-    return Evaluation(result["value"], gradient, result.get("jvp", {}), result.get("hvp", {}))
+        without = jax_without_path(gradient, moving, result["gradient"]) if "gradient" in result else set()
+    paths = {name: None if name in without else value for name, value in result.get("gradient", {}).items()}
+    again = {"value": result["again"]} if "again" in result else {}
+    return Evaluation(result["value"], paths, result.get("jvp", {}), result.get("hvp", {}), again=again)
 
 
 def jax_without_path(gradient: Any, moving: Leaves, values: Leaves) -> set[str]:
@@ -312,12 +323,32 @@ def _evaluate_torch(side: Side, case: Case, quantities: tuple[str, ...]) -> Eval
             if "hvp" in quantities:
                 result.hvp = {name: numpy(grad) for name, grad in zip(active, seconds, strict=False)}
             if "jvp" in quantities:
+                if side.forward_mode:
+                    result.again = {"jvp": _forward_mode(side, case, leaves, directions)}
                 tangents = zip(names, seconds[len(inputs) :], strict=True)
                 result.jvp = {
                     name: np.zeros_like(result.value[name]) if grad is None else numpy(grad)  # type: ignore[misc]
                     for name, grad in tangents
                 }
     return result
+
+
+def _forward_mode(side: Side, case: Case, leaves: Leaves, directions: Leaves) -> dict[str, np.ndarray]:
+    """J u of the floating outputs of the PyTorch side, by dual numbers."""
+    import torch
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(leaves[name].detach(), directions[name]) for name in case.active()}
+        outputs = {
+            name: torch.as_tensor(value)
+            for name, value in flatten(case.call(side.namespace, {**leaves, **duals})).items()
+        }
+        pairs = {name: forward_ad.unpack_dual(value) for name, value in outputs.items() if _is_float(value)}
+        return {
+            name: (torch.zeros_like(pair.primal) if pair.tangent is None else pair.tangent).detach().cpu().numpy()
+            for name, pair in pairs.items()
+        }
 
 
 # --- oracle ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import numpy as np
 
 from pf_core.config import RK4_STEPS, Config
 from pf_core.errors import ConfigError
-from pf_core.sparse_counts import Batch
+from pf_core.sparse_counts import Batch, SparseCounts
 
 Arrays = dict[str, np.ndarray]
 STAGES = {"operator": ("vae", "operator", "joint"), "flow": ("cvae", "flow")}  # of each system, in order
@@ -78,7 +78,11 @@ class Backend(Protocol):
         ...
 
     def encode(
-        self, params: Mapping[str, np.ndarray], counts: np.ndarray, tissue: np.ndarray, config: Config
+        self,
+        params: Mapping[str, np.ndarray],
+        counts: np.ndarray | SparseCounts,
+        tissue: np.ndarray,
+        config: Config,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and log variance, (n_cells, n_latent) each."""
         ...

@@ -114,8 +114,7 @@ def baseline_predictors(model: Model, dataset: Dataset, seen: np.ndarray) -> dic
         return np.repeat(model.vocabulary.codes("tissues", [tissue]), n)
 
     def encode(counts: Csr, tissue: str) -> np.ndarray:
-        dense = counts.toarray().astype(model.config.dtype)
-        return model.encode_counts(dense, tissue_codes(tissue, len(dense)))
+        return model.encode_counts(counts, tissue_codes(tissue, counts.shape[0]))
 
     def decode(z: np.ndarray, tissue: str, library: np.ndarray) -> np.ndarray:
         dtype = model.config.dtype
@@ -254,9 +253,9 @@ def _halves(real: Csr, z: np.ndarray, control: Csr, ruler: PCA, *, seed: int, na
 def _latent_energies(model: Model, counts: Csr, tissue: str, z_real: np.ndarray) -> dict[str, float]:
     blocks = []
     for start in range(0, counts.shape[0], ENCODE_BLOCK):
-        dense = counts[start : start + ENCODE_BLOCK].toarray().astype(model.config.dtype)
-        code = np.repeat(model.vocabulary.codes("tissues", [tissue]), len(dense))
-        blocks.append(model.encode_counts(dense, code))
+        rows = counts[start : start + ENCODE_BLOCK]
+        code = np.repeat(model.vocabulary.codes("tissues", [tissue]), rows.shape[0])
+        blocks.append(model.encode_counts(rows, code))
     z = np.concatenate(blocks)
     return {
         f"energy_latent_{estimator}": metrics.energy_distance(z, z_real, estimator=estimator)

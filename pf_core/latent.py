@@ -11,7 +11,9 @@ from pf_core.backends import Backend
 from pf_core.batches import Vocabulary
 from pf_core.checkpoint import Run
 from pf_core.config import NORMALISED_TOTAL, Config
+from pf_core.counts import Csr
 from pf_core.outputs import BLOCK
+from pf_core.sparse_counts import SparseCounts
 
 __all__ = ["ENCODE_BLOCK", "LatentModel"]
 
@@ -34,17 +36,14 @@ class LatentModel:
         out = np.empty((len(cells), self.config.vae.n_latent), self.config.dtype)
         for start in range(0, len(cells), ENCODE_BLOCK):
             block = cells[start : start + ENCODE_BLOCK]
-            counts = dataset.dense(block, self.config.dtype)
-            out[start : start + len(block)] = self.encode_counts(counts, tissue[block])
+            out[start : start + len(block)] = self.encode_counts(dataset.rows(block), tissue[block])
         return out
 
-    def encode_counts(self, counts: np.ndarray, tissue: np.ndarray) -> np.ndarray:
-        """Latent means of at most ENCODE_BLOCK dense rows."""
-        n = len(counts)
-        pad = ENCODE_BLOCK - n
-        mean, _ = self.backend.encode(
-            self.params, np.pad(counts, ((0, pad), (0, 0))), np.pad(tissue, (0, pad)), self.config
-        )
+    def encode_counts(self, counts: Csr, tissue: np.ndarray) -> np.ndarray:
+        """Latent means of at most ENCODE_BLOCK rows."""
+        n, n_genes = counts.shape
+        padded = SparseCounts((ENCODE_BLOCK, n_genes), (counts.astype(self.config.dtype, copy=False),))
+        mean, _ = self.backend.encode(self.params, padded, np.pad(tissue, (0, ENCODE_BLOCK - n)), self.config)
         return mean[:n]
 
     def decode(self, z: np.ndarray, tissue: np.ndarray, library: np.ndarray) -> np.ndarray:

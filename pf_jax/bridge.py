@@ -373,8 +373,8 @@ class Backend:
         """Batches or noise on their way to the device: what `run` and `evaluate` take instead of NumPy arrays.
 
         Nothing is differentiated. Floating arrays are put on the device, or read where they lie, so that they must not
-        change afterwards. Counts without their zeros become dense; they travel without them. Integers stay as they
-        are, for `run` to check.
+        change afterwards. CSR counts become dense, and travel to an accelerator without their zeros. Integers stay as
+        they are, for `run` to check.
 
         Args:
             batch: NumPy arrays and `pf_core.sparse_counts.SparseCounts` by name, of any shape.
@@ -481,13 +481,17 @@ class Backend:
     # --- using a model ---
 
     def encode(
-        self, params: Mapping[str, np.ndarray], counts: np.ndarray, tissue: np.ndarray, config: Config
+        self,
+        params: Mapping[str, np.ndarray],
+        counts: np.ndarray | SparseCounts,
+        tissue: np.ndarray,
+        config: Config,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Posterior mean and unclipped log variance, in evaluation mode.
 
         Args:
             params: canonical parameters; with those below "cvae." the running statistics too.
-            counts: (n_cells, n_genes).
+            counts: (n_cells, n_genes), of NumPy or `SparseCounts`.
             tissue: (n_cells,).
             config: the run's configuration.
 
@@ -498,8 +502,8 @@ class Backend:
             ValueError: another number of genes than the model has, an index beyond its table, or no running statistics.
         """
         self._check_indices(params, {}, {"tissue": tissue})
-        inputs = self._arrays((counts, tissue))
-        return to_numpy(_encode(self._parameters(params), *inputs, config=config))
+        inputs = self._batch({"counts": counts, "tissue": tissue})
+        return to_numpy(_encode(self._parameters(params), **inputs, config=config))
 
     def decode(
         self,

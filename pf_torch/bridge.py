@@ -281,8 +281,8 @@ class Backend:
         """Batches or noise on their way to the device: what `run` and `evaluate` take instead of NumPy arrays.
 
         Nothing is differentiated. Floating arrays are put on the device, or read where they lie, so that they must not
-        change afterwards. Counts without their zeros become dense; they travel without them. Integers stay as they
-        are, for `run` to check.
+        change afterwards. CSR counts become dense, and travel to an accelerator without their zeros. Integers stay as
+        they are, for `run` to check.
 
         Args:
             batch: NumPy arrays and `pf_core.sparse_counts.SparseCounts` by name, of any shape.
@@ -375,12 +375,14 @@ class Backend:
 
     # --- the model ------------------------------------------------------------------------------------------------
 
-    def encode(self, params: Arrays, counts: np.ndarray, tissue: np.ndarray, config: Config) -> tuple[Any, Any]:
+    def encode(
+        self, params: Arrays, counts: np.ndarray | SparseCounts, tissue: np.ndarray, config: Config
+    ) -> tuple[Any, Any]:
         """Posterior mean and unclipped log variance, in evaluation mode.
 
         Args:
             params: canonical parameters; with those below "cvae." the running statistics too.
-            counts: (n_cells, n_genes).
+            counts: (n_cells, n_genes), of NumPy or `SparseCounts`.
             tissue: (n_cells,).
             config: the run's configuration.
 
@@ -392,7 +394,8 @@ class Backend:
         """
         _check_indices(params, {"tissue": tissue})
         with torch.no_grad():
-            return to_numpy(self._encode(params, self._to(counts), self._to(tissue), config))
+            inputs = self._to(self.send({"counts": counts, "tissue": tissue}))
+            return to_numpy(self._encode(params, **inputs, config=config))
 
     def decode(
         self, params: Arrays, z: np.ndarray, tissue: np.ndarray, library: np.ndarray, config: Config
