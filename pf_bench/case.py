@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["DEVICES", "OURS", "SUITES", "Absent", "Case", "Context", "Side", "Skipped", "Target"]
 
 OURS = "jax"  # the side every ratio is taken over
-SUITES = ("ceilings", "distances", "likelihood", "spectral", "steps", "inference", "training")
+SUITES = ("ceilings", "distances", "likelihood", "spectral", "batches", "steps", "inference", "training")
 DEVICES = ("cpu", "gpu")
 
 

@@ -30,7 +30,6 @@ from pf_bench.problems import (
 from pf_core.config import Config
 from pf_core.count_table import count_table, tail_sizes
 from pf_core.noise import normal
-from pf_core.sparse_counts import SparseCounts, stack
 
 __all__ = ["cases"]
 
@@ -45,7 +44,6 @@ def cases(context: Context) -> list[Case]:
             vae(context, 13, 17, 7, 3, ""),
             operator(context, 3, 5, 3, "conditions"),
             joint(context, 2, 5, 11, 7, 3),
-            sending(context, 13, 17),
             overhead(context, 4),
         ]
     if context.device == "gpu":
@@ -56,7 +54,7 @@ def cases(context: Context) -> list[Case]:
         found += [vae(context, 512, n, 512, 32, "genes") for n in (500, 8000)]
         found += [vae(context, 1024, 5000, 512, 32, "")]
     found += [operator(context, n, 128, 32, "conditions") for n in (8, 32, 128)]
-    return found + [joint(context, 16, 64, 2000, 256, 32), sending(context, 512, 2000), overhead(context, 64)]
+    return found + [joint(context, 16, 64, 2000, 256, 32), overhead(context, 64)]
 
 
 # --- the twins ----------------------------------------------------------------------------------------------------
@@ -285,37 +283,6 @@ def joint(context: Context, n_conditions: int, n_cells: int, n_genes: int, n_hid
 
     sizes = {"conditions": n_conditions, "cells": n_cells, "genes": n_genes}
     return Case("joint training step", sizes, build, 1e-3, series="")
-
-
-def sending(context: Context, n_cells: int, n_genes: int) -> Case:
-    """The counts of a call's batches from CSR rows to dense arrays on the device."""
-
-    def build() -> dict[str, Side | Absent]:
-        dense = vae_problem(n_cells, n_genes, 1)[0]["counts"]
-        rows = sparse.csr_matrix(dense)
-
-        def side(framework: Any, send: Callable[[], Any], note: str = "") -> Side:
-            call = lambda: framework.synchronize(send())
-            return Side(call, lambda: {"counts": framework.to_numpy(call())}, STEPS, note)
-
-        def twin(framework: Any, **chosen: bool) -> Side:
-            backend = framework.Backend(device=context.device)
-            vars(backend).update(chosen)
-            one = {"counts": SparseCounts(dense.shape, (rows,))}
-            send = lambda: backend.send(stack([stack([one])] * STEPS))["counts"]
-            return side(framework, send, "made dense by the processor" if chosen else "")
-
-        def plain(framework: Any, put: Callable[[Any, str], Any]) -> Side:
-            send = lambda: put(np.stack([np.stack([rows.toarray()]) for _ in range(STEPS)]), context.device)
-            return side(framework, send, "every batch is made dense, stacked, stacked again and copied")
-
-        sides: dict[str, Side | Absent] = {"jax": twin(pf_jax), "torch": twin(pf_torch)}
-        if context.device != "cpu":
-            sides |= {"jax, dense": twin(pf_jax, scatters=False), "torch, dense": twin(pf_torch, scatters=False)}
-        return sides | {"plain jax": plain(pf_jax, jax_put), "plain torch": plain(pf_torch, torch_put)}
-
-    sizes = {"cells": n_cells, "genes": n_genes}
-    return Case("counts on their way to the device", sizes, build, 0.0, bytes=4.0 * n_cells * n_genes)
 
 
 def overhead(context: Context, steps: int) -> Case:

@@ -549,7 +549,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu, gpu; several with commas")] = "cpu",
     suite: Annotated[
         list[str] | None,
-        typer.Option(help="ceilings, distances, likelihood, spectral, steps, inference, training; repeatable; all"),
+        typer.Option(
+            help="ceilings, distances, likelihood, spectral, batches, steps, inference, training; repeatable; all"
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny sizes, to see that everything runs")] = False,
     out: Annotated[Path, typer.Option(help="folder of JSON, Markdown and plots")] = Path("pf-bench"),
