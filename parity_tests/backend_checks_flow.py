@@ -221,7 +221,7 @@ def flow_bad_input(twin: Twin) -> str:
     cvae = lambda: twin.cvae.CVAE(select(whole, "cvae"))
     judge = lambda: twin.discriminator.Discriminator(select(whole, "discriminator"))
     field = lambda: twin.flow.VectorField(select(whole, "flow"))
-    away = lambda n: {**network, "target": np.full_like(network["target"], n)}
+    away = lambda n, side="target": {**network, side: np.full_like(network[side], n)}
     go = lambda times, **options: twin.integrate.integrate(
         lambda s, z: z, ones(3, 5), array(np.array(times)), **options
     )
@@ -261,6 +261,8 @@ def flow_bad_input(twin: Twin) -> str:
         ),
         "an edge to a gene that is not there": lambda: moved(away(syn.N_GENES)),
         "an edge to a negative gene": lambda: moved(away(-1)),
+        "an edge from a gene that is not there": lambda: moved(away(syn.N_GENES, "source")),
+        "an edge from a negative gene": lambda: moved(away(-1, "source")),
         "a trajectory that turns back": lambda: backend.trajectory(
             params, cells["z"], np.array([0.0, 1.0, 0.5]), *route, config
         ),

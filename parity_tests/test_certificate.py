@@ -35,6 +35,18 @@ def test_a_failure_is_in_the_certificate_and_in_the_exit_code(tmp_path: Path, mo
     assert "FAILED" in (tmp_path / "certificate.md").read_text()
 
 
+def test_a_run_that_is_cut_off_among_the_mutants_leaves_the_certificate_of_its_cases(tmp_path, monkeypatch) -> None:
+    def cut_off(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(certificate.mutants, "run", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        certificate.run(("cpu",), ("float64",), tmp_path, True, only="gaussian_kl")
+    record = json.loads((tmp_path / "certificate.json").read_text())
+    assert record["passed"]
+    assert "mutants" not in record
+
+
 def test_no_case_at_all_is_a_failure(tmp_path: Path) -> None:
     assert certificate.run(("cpu",), ("float64",), tmp_path, only="no such case") == 1
 
