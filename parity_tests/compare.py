@@ -155,6 +155,8 @@ def compare(
         if quantity in skip:
             continue
         for leaf, value in found[place].again.get(quantity, {}).items():
+            if any(leaf not in one.quantity(quantity) for one in (*found, oracle)):
+                continue  # said above
             pair = [side.quantity(quantity)[leaf] for side in found]
             pair[place] = value
             label = partial(_labelled, add, way)

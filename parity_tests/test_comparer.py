@@ -23,7 +23,7 @@ from parity_tests.compare import (
     judge,
     oracle_of,
 )
-from parity_tests.sides import Evaluation, Side
+from parity_tests.sides import ANOTHER_WAY, Evaluation, Side
 
 SIDES = (Side("jax"), Side("torch"))
 CASE = by_name("elbo_loss/default beta")
@@ -63,6 +63,32 @@ def test_a_leaf_dropped_on_both_sides_is_noticed() -> None:
     one, two = as_side(CASE), as_side(CASE)
     del one.gradient["r"], two.gradient["r"]
     assert not Report(verdicts(one, two)).passed
+
+
+@pytest.mark.parametrize(("place", "verdict"), [(0, JAX_WRONG), (1, TORCH_WRONG)])
+def test_what_is_wrong_in_the_other_way_alone_is_noticed(place: int, verdict: str) -> None:
+    sides = as_side(CASE), as_side(CASE)
+    quantity, way = ANOTHER_WAY[SIDES[place].framework]
+    sides[place].again = {quantity: dict(sides[place].quantity(quantity))}
+    assert Report(verdicts(*sides)).passed
+    leaf = next(iter(sides[place].again[quantity]))
+    sides[place].again[quantity][leaf] = sides[place].again[quantity][leaf] * (1.0 + 1e-9)
+    failed = Report(verdicts(*sides)).failures
+    assert [(r.verdict, r.quantity, r.leaf) for r in failed] == [(verdict, quantity, f"{leaf}, {way}")]
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_each_side_goes_the_other_way(framework: str) -> None:
+    quantity, _ = ANOTHER_WAY[framework]
+    found = Side(framework).evaluate(CASE, ("hvp",))
+    assert set(found.again[quantity]) == set(found.quantity(quantity))
+
+
+def test_a_leaf_of_one_side_alone_is_a_verdict_in_the_other_way_too() -> None:
+    one, two = as_side(CASE), as_side(CASE)
+    one.value["more"] = np.zeros(())
+    one.again = {"value": dict(one.value)}
+    assert [r.verdict for r in verdicts(one, two) if not r.passed] == [JAX_WRONG]
 
 
 def test_a_permuted_gene_axis_is_noticed() -> None:

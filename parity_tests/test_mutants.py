@@ -11,6 +11,7 @@ from parity_tests.mutants import EQUIVALENT, Mutant, all_mutants, indispensable,
 FAST = (
     "torch, likelihood: torch's clamp, with gradient at the bounds",
     "torch, likelihood: digamma from the graph of r alone: trigamma lost",
+    "torch, likelihood: the table's gradient in mu for that in r",
     "torch, vae: torch's softplus",
     "torch, layers: weight transposed when square",
     "torch, distances: the last tile dropped",
