@@ -134,16 +134,16 @@ def planted(mutant: Mutant) -> Iterator[str]:
             _forget()
 
 
-_PLANTED = {"jax": 0}
+_CLEARED = {"jax": time.perf_counter()}
 
 
-def _forget(every: int = 25) -> None:
-    """Compiled programs of mutants are never asked for again; gigabytes of them would pile up."""
+def _forget(after: float = 100.0) -> None:
+    """Compiled programs of mutants are never asked for again; gigabytes, and a system's memory maps, would pile up."""
     import jax
 
-    _PLANTED["jax"] += 1
-    if _PLANTED["jax"] % every == 0:
+    if time.perf_counter() - _CLEARED["jax"] > after:
         jax.clear_caches()
+        _CLEARED["jax"] = time.perf_counter()
 
 
 _HEALTHY: dict[tuple[str, str], Evaluation] = {}
@@ -183,12 +183,18 @@ def _exact(case: Case) -> Evaluation:
 
 
 def relevant(mutant: Mutant) -> list[Case]:
-    """Cases that can see the mutated module, those of the module itself first, cheap ones before losses."""
+    """Cases that can see the mutated module: its own first; cheap groups, one of each loss and step, the others."""
     seen = dependents(mutant.package, mutant.module)
     cases = [case for case in all_cases() if case.module in seen and TIER in case.dtypes]
+    rank = {case.name: sum(c.group == case.group for c in cases[:i]) for i, case in enumerate(cases)}
     cost = {"joint_loss": 9, "joint_step": 10, "vae_loss": 5, "operator_loss": 6, "vae_step": 7, "operator_step": 8}
     cost |= {"flow_loss": 5, "cvae_loss": 6, "flow_step": 7, "cvae_step": 8}
-    return sorted(cases, key=lambda case: (case.module != mutant.module, cost.get(case.group, 0)))
+
+    def order(case: Case) -> tuple[bool, bool, int, int]:
+        price = cost.get(case.group, 0)
+        return case.module != mutant.module, price > 8, rank[case.name] if price else -1, price
+
+    return sorted(cases, key=order)
 
 
 def judge(mutant: Mutant, *, all_checks: bool = False) -> Verdict:
