@@ -88,7 +88,7 @@ def run(
     results = _compare(pairs(devices), dtypes, only)
 
     def written(verdicts: list[mutants.Verdict] | None) -> dict[str, Any]:
-        record = _record(results, devices, dtypes, here, only, verdicts, time.perf_counter() - begin)
+        record = _record(results, devices, dtypes, here, only, verdicts, all_checks, time.perf_counter() - begin)
         (folder / "certificate.json").write_text(json.dumps(record, indent=1, allow_nan=False))
         (folder / "certificate.md").write_text(markdown(record))
         (folder / "certificate.html").write_text(page(record, markdown(record)))
@@ -130,7 +130,8 @@ def _record(
     dtypes: Sequence[str],
     here: dict[str, list[str]],
     only: str,
-    verdicts: Any,
+    verdicts: list[mutants.Verdict] | None,
+    all_checks: bool,
     seconds: float,
 ) -> dict[str, Any]:
     groups = {case.name: (case.module, case.group) for case in all_cases()}
@@ -174,17 +175,25 @@ def _record(
         "results": rows,
     }
     if verdicts is not None:
-        killed, total = mutants.score(verdicts)
-        equivalent = {verdict.mutant: verdict.equivalent for verdict in verdicts if verdict.equivalent}
-        record["mutants"] = {
-            "noticed": killed,
-            "of": total,
-            "equivalent": equivalent,
-            "survived": [v.mutant for v in verdicts if not v.killed and not v.equivalent],
-            "indispensable": mutants.indispensable(verdicts),
-        }
-        record["passed"] = record["passed"] and killed == total
+        add_mutants(record, verdicts, all_checks)
     return record
+
+
+def add_mutants(record: dict[str, Any], verdicts: list[mutants.Verdict], all_checks: bool) -> None:
+    """What became of the mutants, written into a record of the cases.
+
+    Only a run of all checks knows which of them are indispensable.
+    """
+    killed, total = mutants.score(verdicts)
+    record["mutants"] = {
+        "noticed": killed,
+        "of": total,
+        "equivalent": {verdict.mutant: verdict.equivalent for verdict in verdicts if verdict.equivalent},
+        "survived": [v.mutant for v in verdicts if not v.killed and not v.equivalent],
+    }
+    if all_checks:
+        record["mutants"]["indispensable"] = mutants.indispensable(verdicts)
+    record["passed"] = record["passed"] and killed == total
 
 
 def _worst(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, list[float]]]]:

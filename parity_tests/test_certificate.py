@@ -47,6 +47,21 @@ def test_a_run_that_is_cut_off_among_the_mutants_leaves_the_certificate_of_its_c
     assert "mutants" not in record
 
 
+@pytest.mark.parametrize("all_checks", [False, True])
+@pytest.mark.parametrize("noticed_by", [["a check"], []])
+def test_a_fault_that_no_check_notices_fails_the_certificate(tmp_path, monkeypatch, all_checks, noticed_by) -> None:
+    """Which checks are indispensable is known only where all were run, not up to the first that notices."""
+    verdict = certificate.mutants.Verdict("a fault", "jax", "vae", noticed_by, tried=1)
+    monkeypatch.setattr(certificate.mutants, "run", lambda **_: [verdict])
+    arguments = (("cpu",), ("float64",), tmp_path, True)
+    assert certificate.run(*arguments, only="gaussian_kl", all_checks=all_checks) == (0 if noticed_by else 1)
+    record = json.loads((tmp_path / "certificate.json").read_text())
+    assert record["mutants"]["survived"] == ([] if noticed_by else ["a fault"])
+    assert record["mutants"].get("indispensable") == (
+        {name: ["a fault"] for name in noticed_by} if all_checks else None
+    )
+
+
 def test_no_case_at_all_is_a_failure(tmp_path: Path) -> None:
     assert certificate.run(("cpu",), ("float64",), tmp_path, only="no such case") == 1
 
