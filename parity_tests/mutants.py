@@ -32,6 +32,9 @@ JAX, TORCH = mutant_list.JAX + mutant_list_flow.JAX, mutant_list.TORCH + mutant_
 EQUIVALENT = mutant_list.EQUIVALENT | mutant_list_flow.EQUIVALENT
 CHECKS = backend_checks.CHECKS | backend_checks_flow.CHECKS
 FLOW_MODULES = ("cvae", "discriminator", "flow", "integrate", "flow_steps")
+# Groups of cases that take long, and in which order they are asked.
+PRICE = {"joint_loss": 9, "joint_step": 10, "vae_loss": 5, "operator_loss": 6, "vae_step": 7, "operator_step": 8}
+PRICE |= {"flow_loss": 5, "cvae_loss": 6, "flow_step": 7, "cvae_step": 8}
 # Second derivatives take most of the time; they are compared where a first derivative noticed nothing.
 FIRST, SECOND = ("hvp",), ("value", "gradient", "jvp")
 
@@ -187,11 +190,9 @@ def relevant(mutant: Mutant) -> list[Case]:
     seen = dependents(mutant.package, mutant.module)
     cases = [case for case in all_cases() if case.module in seen and TIER in case.dtypes]
     rank = {case.name: sum(c.group == case.group for c in cases[:i]) for i, case in enumerate(cases)}
-    cost = {"joint_loss": 9, "joint_step": 10, "vae_loss": 5, "operator_loss": 6, "vae_step": 7, "operator_step": 8}
-    cost |= {"flow_loss": 5, "cvae_loss": 6, "flow_step": 7, "cvae_step": 8}
 
     def order(case: Case) -> tuple[bool, bool, int, int]:
-        price = cost.get(case.group, 0)
+        price = PRICE.get(case.group, 0)
         return case.module != mutant.module, price > 8, rank[case.name] if price else -1, price
 
     return sorted(cases, key=order)
@@ -233,7 +234,11 @@ def _run_checks(mutant: Mutant, package: str, tried: Callable[[str, Callable[[],
     # What is near the fault and cheap comes first; any() stops where `tried` says so.
     checks = [name for name in CHECKS if mutant.module not in FLOW_MODULES or name in backend_checks_flow.CHECKS]
     if mutant.module == "steps":
-        groups = (map(first, near), map(loop, checks), map(first, far), map(second, near))
+        one_each = {case.group: case for case in reversed(cases) if case.group in PRICE}.values()
+        quick = [case for case in cases if case.group not in PRICE]
+        quick += sorted(one_each, key=lambda case: PRICE[case.group])
+        rest = [case for case in cases if case not in quick]
+        groups = (map(first, quick), map(loop, checks), map(first, rest), map(second, near))
     elif mutant.module in ("bridge", "probe"):
         groups = (map(loop, checks), map(first, cases))
     elif mutant.module in FLOW_MODULES:  # its misuses are checked in seconds, far cases take minutes
