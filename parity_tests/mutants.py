@@ -149,16 +149,6 @@ def _forget(after: float = 100.0) -> None:
         _CLEARED["jax"] = time.perf_counter()
 
 
-_HEALTHY: dict[tuple[str, str], Evaluation] = {}
-
-
-def _healthy(case: Case, framework: str) -> Evaluation:
-    key = (case.name, framework)
-    if key not in _HEALTHY:
-        _HEALTHY[key] = Side(framework, tier=TIER).evaluate(case)
-    return _HEALTHY[key]
-
-
 def notices(case: Case, mutant: Mutant, package: str, skip: tuple[str, ...] = ()) -> bool:
     """Whether a case fails when one side is the mutant and the other is right."""
     ill = Side(mutant.framework, tier=TIER, package=package, compiled=False)
@@ -176,13 +166,10 @@ def _exact(case: Case) -> Evaluation:
     """A healthy side: the oracle, rounded."""
     import numpy as np
 
-    key = (case.name, "oracle")
-    if key not in _HEALTHY:
-        oracle = oracle_of(case)
-        rounded = lambda tree: {n: np.asarray(v, v.dtype if v.dtype.kind != "f" else float) for n, v in tree.items()}
-        gradient = {n: None if case.declared(n) == "none" else v for n, v in rounded(oracle.gradient).items()}
-        _HEALTHY[key] = Evaluation(rounded(oracle.value), gradient, rounded(oracle.jvp), rounded(oracle.hvp))
-    return _HEALTHY[key]
+    oracle = oracle_of(case)
+    rounded = lambda tree: {n: np.asarray(v, v.dtype if v.dtype.kind != "f" else float) for n, v in tree.items()}
+    gradient = {n: None if case.declared(n) == "none" else v for n, v in rounded(oracle.gradient).items()}
+    return Evaluation(rounded(oracle.value), gradient, rounded(oracle.jvp), rounded(oracle.hvp))
 
 
 def relevant(mutant: Mutant) -> list[Case]:
